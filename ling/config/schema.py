@@ -179,9 +179,8 @@ class ObserveConfig:
 @dataclass
 class RuntimeConfig:
     platform: str = opt("auto", "where to run", choices=("auto", "cpu", "cuda"))
-    backend: str = opt("auto", "layers of Transformer Engine or of torch", choices=("auto", "torch", "te"))
     attention: str = opt("auto", "core attention", choices=("auto", "sdpa", "flash", "te"))
-    grouped_gemm: str = opt("auto", "matrix products of the experts", choices=("auto", "grouped_mm", "loop", "te"))
+    grouped_gemm: str = opt("auto", "matrix products of the experts", choices=("auto", "grouped_mm", "loop"))
     num_threads: int | None = opt(None, "CPU threads of one rank; null: cores / local ranks", ge=1)
 
 

@@ -1,0 +1,159 @@
+"""Rules between the parallel layout, the model's sizes and the number of ranks; each yields a problem and its mend."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from ling.config.derived import (
+    data_parallel_size,
+    expert_tensor_parallel_size,
+    num_microbatches,
+    num_query_groups,
+    padded_vocab_size,
+)
+from ling.config.schema import Config
+
+
+def _indivisible(key: str, size: int | None, by: int, what: str) -> Iterator[str]:
+    if size is not None and size % by:
+        yield f"{key}: {size} is not a multiple of {what} ({by}); change one of them"
+
+
+def _tensor_parallel(config: Config, world: int | None) -> Iterator[str]:
+    model, tp = config.model, config.parallel.tensor_model_parallel_size
+    what = "parallel.tensor_model_parallel_size"
+    groups = num_query_groups(model)
+    if tp > groups:
+        yield f"{what}: {tp} is more than the {groups} key/value heads (model.num_query_groups); use at most {groups}"
+    else:
+        key = "num_attention_heads" if model.num_query_groups is None else "num_query_groups"
+        yield from _indivisible(f"model.{key}", groups, tp, what)
+    if model.num_moe_experts is None or model.first_k_dense_replace > 0:
+        yield from _indivisible("model.ffn_hidden_size", model.ffn_hidden_size, tp, what)
+    shared = model.moe_shared_expert_intermediate_size
+    yield from _indivisible("model.moe_shared_expert_intermediate_size", shared, tp, what)
+    padded = padded_vocab_size(model)
+    if padded % tp:
+        yield (
+            f"model.make_vocab_size_divisible_by: the padded vocabulary ({padded}) is not a multiple of {what} ({tp}); "
+            f"use a multiple of {tp}"
+        )
+
+
+def _sequence_parallel(config: Config, world: int | None) -> Iterator[str]:
+    parallel, tp = config.parallel, config.parallel.tensor_model_parallel_size
+    if parallel.sequence_parallel:
+        if tp == 1:
+            yield "parallel.sequence_parallel: needs tensor_model_parallel_size > 1; set one or the other"
+        yield from _indivisible(
+            "data.sequence_length", config.data.sequence_length, tp, "parallel.tensor_model_parallel_size"
+        )
+    elif tp > 1 and config.model.num_moe_experts is not None:
+        yield (
+            "parallel.sequence_parallel: megatron-core trains experts with tensor parallelism only under sequence "
+            "parallelism; set parallel.sequence_parallel=true"
+        )
+
+
+def _expert_parallel(config: Config, world: int | None) -> Iterator[str]:
+    model, parallel = config.model, config.parallel
+    ep, etp = parallel.expert_model_parallel_size, expert_tensor_parallel_size(parallel)
+    tp = parallel.tensor_model_parallel_size
+    if model.num_moe_experts is None:
+        for name, given in (("model", ep > 1), ("tensor", parallel.expert_tensor_parallel_size is not None)):
+            if given:
+                yield f"parallel.expert_{name}_parallel_size: the model has no experts; remove it"
+        return
+    yield from _indivisible("model.num_moe_experts", model.num_moe_experts, ep, "parallel.expert_model_parallel_size")
+    yield from _indivisible(
+        "model.moe_ffn_hidden_size", model.moe_ffn_hidden_size, etp, "parallel.expert_tensor_parallel_size"
+    )
+    if ep == 1 and etp != tp:
+        yield (
+            f"parallel.expert_tensor_parallel_size: {etp} differs from tensor_model_parallel_size ({tp}) without "
+            "expert parallelism: megatron-core would not sum the experts' gradients over the TP ranks; "
+            f"set it to {tp} or null, or raise parallel.expert_model_parallel_size"
+        )
+    elif ep > 1 and etp > 1 and config.runtime.platform != "cuda":
+        yield (
+            f"parallel.expert_tensor_parallel_size: {etp} with expert parallelism runs on GPUs only (gloo has no "
+            "uneven all_gather); set it to 1 or null, or runtime.platform=cuda"
+        )
+
+
+def _pipeline(config: Config, world: int | None) -> Iterator[str]:
+    parallel, layers = config.parallel, config.model.num_layers
+    pp, vpp = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
+    if vpp is not None and pp == 1:
+        yield (
+            "parallel.virtual_pipeline_model_parallel_size: needs pipeline_model_parallel_size > 1; "
+            "set it to null, or use more stages"
+        )
+    elif layers % (pp * (vpp or 1)):
+        what = f"{pp} pipeline stages" + (f" of {vpp} chunks" if vpp else "")
+        yield f"model.num_layers: {layers} layers do not divide into {what}; change one of them"
+
+
+def _context_parallel(config: Config, world: int | None) -> Iterator[str]:
+    if config.parallel.context_parallel_size > 1:
+        yield "parallel.context_parallel_size: context parallelism is not built and proved yet; set it to 1"
+
+
+def _overlap(config: Config, world: int | None) -> Iterator[str]:
+    parallel = config.parallel
+    if not parallel.overlap_param_gather:
+        return
+    for name in ("overlap_grad_reduce", "use_distributed_optimizer"):
+        if not getattr(parallel, name):
+            yield f"parallel.overlap_param_gather: needs parallel.{name}; set that to true, or this one to false"
+
+
+def _world(config: Config, world: int | None) -> Iterator[str]:
+    """The ranks, where their number is known, and the batch that they share."""
+    parallel, train = config.parallel, config.train
+    if world is None:
+        yield from _indivisible(
+            "train.global_batch_size", train.global_batch_size, train.micro_batch_size, "train.micro_batch_size"
+        )
+        return
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    experts = 1
+    if config.model.num_moe_experts is not None:
+        experts = expert_tensor_parallel_size(parallel) * parallel.expert_model_parallel_size
+    least = math.lcm(tp * parallel.context_parallel_size, experts) * pp
+    layout = f"TP {tp} x PP {pp}" + (f", experts on {experts} ranks" if experts > 1 else "")
+    if world < least:
+        yield f"parallel: the layout ({layout}) needs at least {least} ranks, got {world}: start with --nproc {least}"
+    elif world % least:
+        yield f"parallel: {world} ranks are not a multiple of {least}, which the layout ({layout}) needs; change one"
+    else:
+        yield from _batch(config, world)
+
+
+def _batch(config: Config, world: int) -> Iterator[str]:
+    train, pp = config.train, config.parallel.pipeline_model_parallel_size
+    replicas = data_parallel_size(config.parallel, world)
+    per_pass = train.micro_batch_size * replicas
+    if train.global_batch_size % per_pass:
+        yield (
+            f"train.global_batch_size: {train.global_batch_size} is not a multiple of micro_batch_size "
+            f"({train.micro_batch_size}) x data-parallel ranks ({replicas}); change one of them"
+        )
+    elif config.parallel.virtual_pipeline_model_parallel_size and num_microbatches(config, world) % pp:
+        count = num_microbatches(config, world)
+        yield (
+            f"train.global_batch_size: interleaved pipeline stages need a multiple of {pp} microbatches, got {count}; "
+            "change the batch sizes or the virtual stages"
+        )
+
+
+LAYOUT_RULES = (
+    _tensor_parallel,
+    _sequence_parallel,
+    _expert_parallel,
+    _pipeline,
+    _context_parallel,
+    _overlap,
+    _world,
+)

@@ -1,0 +1,116 @@
+"""The rules between settings: one small function each, which yields what is wrong and how to mend it.
+
+The rules that concern one branch stand in `model_rules.py` and `layout_rules.py`; here are the others and the check.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from ling.config.derived import data_sources
+from ling.config.errors import UserError
+from ling.config.keys import limit_problems
+from ling.config.layout_rules import LAYOUT_RULES
+from ling.config.load import summary
+from ling.config.model_rules import MODEL_RULES
+from ling.config.schema import Config
+
+Rule = Callable[[Config, int | None], Iterator[str]]
+
+
+def check_config(config: Config, world_size: int | None = None) -> None:
+    """Raise UserError unless the settings fit each other and, where it is known, the number of ranks.
+
+    Needs neither torch nor a GPU. The message is the first problem found, and how many more there are.
+    """
+    problems = list(limit_problems(config))
+    if not problems:  # the rules may divide by sizes that the limits keep positive
+        problems = [problem for rule in RULES for problem in rule(config, world_size)]
+    if problems:
+        raise UserError(summary(problems))
+
+
+def _run_folder(config: Config, world: int | None) -> Iterator[str]:
+    name = config.run.name
+    if name in ("", ".", "..") or name != name.strip() or not name.isprintable() or set(name) & set("/\\"):
+        yield f"run.name: {name!r} is not a plain name; write letters, digits, - and _ (a path goes to run.dir)"
+    if config.run.dir is not None and not config.run.dir.strip():
+        yield "run.dir: is empty; give a folder, or null for runs/<name>"
+
+
+def _data_forms(config: Config, world: int | None) -> Iterator[str]:
+    if isinstance(config.data.train, dict) or config.data.train is None:
+        yield "data.train: expected a prefix or a list of prefixes or {path, weight, name}; write data.train: [prefix]"
+        return
+    for key, value in (("data.train", config.data.train), ("data.valid", config.data.valid)):
+        try:
+            data_sources(value, where=key)
+        except UserError as error:
+            yield str(error)
+
+
+def _sequences(config: Config, world: int | None) -> Iterator[str]:
+    length, longest = config.data.sequence_length, config.model.max_position_embeddings
+    if length > longest:
+        yield (
+            f"data.sequence_length: {length} is more than model.max_position_embeddings ({longest}); "
+            "shorten the one or raise the other"
+        )
+    if config.data.reset_attention_mask and config.runtime.attention in ("flash", "te"):
+        yield (
+            f"data.reset_attention_mask: not supported by runtime.attention={config.runtime.attention}; "
+            "set runtime.attention=sdpa, or data.reset_attention_mask=false"
+        )
+
+
+def _evaluation(config: Config, world: int | None) -> Iterator[str]:
+    if config.train.eval_interval > 0 and config.data.valid is None:
+        yield "train.eval_interval: there is nothing to evaluate on; give data.valid, or set train.eval_interval=0"
+
+
+def _learning_rate(config: Config, world: int | None) -> Iterator[str]:
+    optim, steps = config.optim, config.train.train_iters
+    warmup, end = optim.lr_warmup_iters, optim.lr_decay_iters or steps
+    if optim.min_lr > optim.lr:
+        yield f"optim.min_lr: {optim.min_lr} is more than optim.lr ({optim.lr}); lower it"
+    if warmup > steps:
+        yield f"optim.lr_warmup_iters: {warmup} is more than train.train_iters ({steps}); shorten the warm-up"
+    elif optim.lr_decay_style != "constant" and warmup >= end:
+        source = "train.train_iters" if optim.lr_decay_iters is None else "optim.lr_decay_iters"
+        yield f"{source}: the decay ends at step {end}, not after the warm-up ({warmup} steps); raise {source}"
+
+
+def _wsd(config: Config, world: int | None) -> Iterator[str]:
+    optim = config.optim
+    decay, end = optim.lr_wsd_decay_iters, optim.lr_decay_iters or config.train.train_iters
+    if optim.lr_decay_style != "WSD":
+        if decay is not None:
+            yield (
+                f"optim.lr_wsd_decay_iters: has no meaning with lr_decay_style={optim.lr_decay_style}; "
+                "remove it, or set optim.lr_decay_style=WSD"
+            )
+    elif decay is None:
+        yield "optim.lr_wsd_decay_iters: not given; lr_decay_style=WSD needs the length of its decay in steps"
+    elif optim.lr_warmup_iters + decay > end:
+        yield (
+            f"optim.lr_wsd_decay_iters: warm-up ({optim.lr_warmup_iters}) and decay ({decay}) take more than the "
+            f"{end} steps of the schedule; shorten one"
+        )
+
+
+def _precision(config: Config, world: int | None) -> Iterator[str]:
+    if config.precision.recipe in ("fp8", "fp8_emulated"):
+        yield f"precision.recipe: {config.precision.recipe} is not built and proved yet; use bf16 or fp32"
+
+
+RULES: tuple[Rule, ...] = (
+    _run_folder,
+    *MODEL_RULES,
+    *LAYOUT_RULES,
+    _data_forms,
+    _sequences,
+    _evaluation,
+    _learning_rate,
+    _wsd,
+    _precision,
+)

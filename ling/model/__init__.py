@@ -1,0 +1,1 @@
+"""The Ling model on megatron-core: config, layer specs, modules, initial weights, counts."""

@@ -1,0 +1,196 @@
+"""From a config to a model: TransformerConfig, model chunks, wrappers. The one place that constructs GPTModel."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from ling.config.derived import expert_tensor_parallel_size, kv_channels, num_query_groups, padded_vocab_size
+from ling.config.errors import UserError
+from ling.config.schema import Config, ModelConfig
+from ling.model import specs
+from ling.model.init import initialize, mark_tensor_parallel
+from ling.parallel import groups
+from ling.platform import Platform
+
+
+@dataclass
+class LingTransformerConfig(TransformerConfig):
+    """megatron-core's TransformerConfig, and what its modules need to know of `ling`'s."""
+
+    ling: ModelConfig = field(default_factory=ModelConfig)
+    operations: dict[str, str] = field(default_factory=dict)
+
+
+class LingModel(GPTModel):
+    """GPTModel that gives logits without labels also when it has multi-token-prediction layers."""
+
+    def _postprocess(self, hidden_states: torch.Tensor, *args: Any, labels: Any = None, **kwargs: Any) -> torch.Tensor:
+        if labels is None and self.post_process:
+            logits_SBV, _ = self.output_layer(hidden_states, runtime_gather_output=True)
+            return logits_SBV.transpose(0, 1).contiguous()
+        return super()._postprocess(hidden_states, *args, labels=labels, **kwargs)
+
+
+def transformer_config(config: Config, *, bf16: bool, operations: Mapping[str, str]) -> LingTransformerConfig:
+    """The TransformerConfig of a run.
+
+    Args:
+        config: the run.
+        bf16: whether weights and activations are bf16, else fp32.
+        operations: implementation of each operation (`ling.platform.select.choose`).
+
+    Raises:
+        UserError: `model.mcore` names a field that TransformerConfig lacks or that `ling` sets, or a value is refused.
+    """
+    ours = _fields(config, bf16) | {"ling": config.model, "operations": dict(operations)}
+    extra = config.model.mcore
+    known = {entry.name for entry in dataclasses.fields(TransformerConfig)}
+    for key in extra:
+        if key not in known:
+            raise UserError(f"model.mcore.{key}: megatron-core's TransformerConfig has no such field")
+        if key in ours:
+            raise UserError(f"model.mcore.{key}: ling sets this field itself; use the setting of ling's own config")
+    try:
+        return LingTransformerConfig(**ours, **extra)
+    except (ValueError, TypeError, AssertionError) as error:
+        raise UserError(f"megatron-core refuses this model: {' '.join(str(error).split())}") from error
+
+
+def _fields(config: Config, bf16: bool) -> dict[str, Any]:
+    model, parallel = config.model, config.parallel
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    fields: dict[str, Any] = {
+        "num_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "num_attention_heads": model.num_attention_heads,
+        "num_query_groups": num_query_groups(model),
+        "kv_channels": kv_channels(model),
+        "ffn_hidden_size": model.ffn_hidden_size,
+        "qk_layernorm": model.qk_layernorm,
+        "layernorm_epsilon": model.layernorm_epsilon,
+        "normalization": "RMSNorm",
+        "add_bias_linear": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "bias_dropout_fusion": False,
+        "apply_rope_fusion": False,
+        "mtp_num_layers": model.mtp_num_layers or None,
+        "mtp_loss_scaling_factor": model.mtp_loss_scaling_factor,
+        "calculate_per_token_loss": True,
+        "bf16": bf16,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "sequence_parallel": parallel.sequence_parallel,
+        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline_model_parallel_size,
+        "context_parallel_size": parallel.context_parallel_size,
+        "expert_model_parallel_size": parallel.expert_model_parallel_size,
+        "expert_tensor_parallel_size": expert_tensor_parallel_size(parallel),
+        # Tensors are made on the device of the surrounding `with torch.device(...)`, and filled by ling.model.init.
+        "use_cpu_initialization": True,
+        "perform_initialization": False,
+    }
+    if model.num_moe_experts is not None:
+        dense = model.first_k_dense_replace
+        fields |= {
+            "num_moe_experts": model.num_moe_experts,
+            "moe_ffn_hidden_size": model.moe_ffn_hidden_size,
+            "moe_shared_expert_intermediate_size": model.moe_shared_expert_intermediate_size,
+            "moe_router_topk": model.moe_router_topk,
+            "moe_layer_freq": [0] * dense + [1] * (model.num_layers - dense),
+            "moe_token_dispatcher_type": "alltoall",
+            "moe_router_load_balancing_type": "none",
+            "moe_router_score_function": "sigmoid",
+            "moe_router_dtype": "fp32",
+            "moe_aux_loss_coeff": 0.0,
+            "moe_grouped_gemm": True,
+        }
+    return fields
+
+
+def check_model_config(config: Config) -> None:
+    """Have megatron-core look at the model's settings, without building anything.
+
+    Raises:
+        UserError: see `transformer_config`.
+    """
+    transformer_config(config, bf16=config.precision.recipe != "fp32", operations={})
+
+
+def build_model(
+    config: Config, device: torch.device, *, bf16: bool, operations: Mapping[str, str], seed: int | None = None
+) -> list[LingModel]:
+    """This rank's model chunks (one, or one per virtual pipeline stage), initialised.
+
+    Args:
+        config: the run.
+        device: where the weights live; `meta` builds shapes only.
+        bf16, operations: see `transformer_config`.
+        seed: of the initial weights; null: the run's.
+    """
+    mcore_config = transformer_config(config, bf16=bf16, operations=operations)
+    stages = range(config.parallel.virtual_pipeline_model_parallel_size or 1)
+    chunks = []
+    for stage in stages:
+        vp_stage = stage if len(stages) > 1 else None
+        with torch.device(device):
+            chunk = _build_chunk(config, mcore_config, vp_stage)
+        mark_tensor_parallel(chunk)
+        if device.type != "meta":
+            initialize(chunk, config.model, config.run.seed if seed is None else seed)
+        chunks.append(chunk)
+    return chunks
+
+
+def _build_chunk(config: Config, mcore_config: LingTransformerConfig, vp_stage: int | None) -> LingModel:
+    model = config.model
+    return LingModel(
+        config=mcore_config,
+        transformer_layer_spec=specs.decoder_spec(mcore_config, vp_stage),
+        vocab_size=padded_vocab_size(model),
+        max_sequence_length=model.max_position_embeddings,
+        pre_process=groups.is_first_stage(vp_stage),
+        post_process=groups.is_last_stage(vp_stage),
+        share_embeddings_and_output_weights=False,
+        position_embedding_type="rope",
+        rotary_percent=model.rotary_percent,
+        rotary_base=model.rotary_base,  # type: ignore[arg-type]
+        mtp_block_spec=specs.mtp_spec(mcore_config, vp_stage),
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+        vp_stage=vp_stage,
+    )
+
+
+def wrap_model(config: Config, chunks: list[LingModel], platform: Platform, *, bf16: bool) -> list[Any]:
+    """The chunks as the trainer runs them: cast to bf16 where wanted, then megatron-core's data parallelism."""
+    parallel = config.parallel
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=config.precision.grad_reduce_in_fp32,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+    )
+    wrapped = []
+    for index, chunk in enumerate(chunks):
+        module: Any = Float16Module(chunk.config, chunk) if bf16 else chunk
+        wrapped.append(
+            DistributedDataParallel(
+                chunk.config,
+                ddp_config,
+                module,
+                # Later chunks' gradients are ready all at once: one bucket.
+                disable_bucketing=index > 0,
+            )
+        )
+    return wrapped

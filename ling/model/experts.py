@@ -1,0 +1,131 @@
+"""The routed experts of one rank, as grouped matrix products."""
+
+# T: tokens sent to this rank's experts, sorted by expert; E: experts of this rank; H: hidden size; F: width of an expert
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+
+from ling.activations.module import FFNActivation
+from ling.model.mlp import SharedExperts, config_for, resolved_activation
+from ling.model.router import LingRouter
+
+
+def grouped_linear(x_TK: torch.Tensor, weight_ENK: torch.Tensor, tokens_per_expert: torch.Tensor) -> torch.Tensor:
+    """`x @ weight[e].T` for the rows of each expert, `[T, N]`, in one call of torch's grouped_mm."""
+    if x_TK.shape[0] == 0:  # keeps the weights in the graph: their gradient is zero, not missing
+        return F.linear(x_TK, weight_ENK[0])
+    ends_E = tokens_per_expert.cumsum(0).to(device=x_TK.device, dtype=torch.int32)
+    return F.grouped_mm(x_TK, weight_ENK.transpose(1, 2), offs=ends_E)
+
+
+def looped_linear(x_TK: torch.Tensor, weight_ENK: torch.Tensor, tokens_per_expert: torch.Tensor) -> torch.Tensor:
+    """As `grouped_linear`, one product per expert."""
+    rows = x_TK.split(tokens_per_expert.tolist())
+    return torch.cat([F.linear(x, weight) for x, weight in zip(rows, weight_ENK.unbind(0), strict=True)])
+
+
+class GroupedExperts(MegatronModule):
+    """The experts of one layer that live on this rank.
+
+    `weight1` is `[E, 2F, H]` (gate ‖ up; `[E, F, H]` un-gated), `weight2` is `[E, H, F]`. In a checkpoint they stand under
+    the names and global shapes of megatron-core's SequentialMLP and TEGroupedMLP, whatever the way of multiplying.
+    """
+
+    def __init__(self, num_local_experts: int, config: Any, pg_collection: Any = None, **kwargs: Any) -> None:
+        width = config.ling.moe_ffn_hidden_size
+        super().__init__(config=config_for(config, "routed", width))
+        self.num_local_experts = num_local_experts
+        self.ep_group, self.tp_group, self.dp_group = pg_collection.ep, pg_collection.expt_tp, pg_collection.expt_dp
+        self.gated = self.config.gated_linear_unit
+        self.activation = FFNActivation(resolved_activation(config.ling, "routed"))
+        self.linear = grouped_linear if config.operations["experts"] == "grouped_mm" else looped_linear
+        local_width, hidden, dtype = width // self.tp_group.size(), config.hidden_size, config.params_dtype
+        fc1_rows = local_width * (2 if self.gated else 1)
+        self.weight1 = torch.nn.Parameter(torch.empty(num_local_experts, fc1_rows, hidden, dtype=dtype))
+        self.weight2 = torch.nn.Parameter(torch.empty(num_local_experts, hidden, local_width, dtype=dtype))
+        set_tensor_model_parallel_attributes(self.weight1, True, 1, 2 if self.gated else 1)
+        set_tensor_model_parallel_attributes(self.weight2, True, 2, 1)
+        for weight in (self.weight1, self.weight2):
+            # megatron-core reduces parameters with this mark over the expert-data-parallel ranks.
+            weight.allreduce = config.expert_model_parallel_size == 1  # type: ignore[attr-defined]
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """Which layer this is (1-based, MTP layers after the others)."""
+        self.activation.set_layer(layer_number - 1)
+
+    def forward(
+        self, x_TH: torch.Tensor, tokens_per_expert: torch.Tensor, weight_T: torch.Tensor
+    ) -> tuple[torch.Tensor, None]:
+        """Each row through its expert, times its routing weight.
+
+        Args:
+            x_TH: `[T, H]`, sorted by expert.
+            tokens_per_expert: `[E]`, rows of each expert; their sum is T.
+            weight_T: `[T]`, routing weights; multiplied inside the activation.
+
+        Returns:
+            `[T, H]`, and no bias.
+        """
+        hidden = self.linear(x_TH, self.weight1, tokens_per_expert)
+        return self.linear(self.activation(hidden, weight_T), self.weight2, tokens_per_expert), None
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """megatron-core's description of this rank's part of the checkpointed tensors."""
+        axis = len(sharded_offsets)  # tensors of equal layers may be stacked along axes in front
+        expert_offset = (axis, self.ep_group.rank(), self.ep_group.size())
+        tp_rank, tp_size = self.tp_group.rank(), self.tp_group.size()
+        replica_id = (0, 0, self.dp_group.rank())
+
+        def shard(key: str, tensor: torch.Tensor, dim: int, part: int, parts: int, replica: Any) -> ShardedTensor:
+            offsets = (*sharded_offsets, expert_offset, (axis + dim, part, parts))
+            return ShardedTensor.from_rank_offsets(
+                key, tensor.contiguous(), *offsets, replica_id=replica, prepend_axis_num=axis
+            )
+
+        def split(key: str, tensor: torch.Tensor, replica: Any, flattened_range: Any = None) -> list[ShardedTensor]:
+            gate, up = tensor.chunk(2, dim=1)
+            return [
+                shard(key, gate, 1, tp_rank, 2 * tp_size, replica),
+                shard(key, up, 1, tp_size + tp_rank, 2 * tp_size, replica),
+            ]
+
+        def join(parts: list[torch.Tensor]) -> torch.Tensor:
+            return torch.cat(parts, dim=1)
+
+        key1, key2 = f"{prefix}experts.linear_fc1.weight", f"{prefix}experts.linear_fc2.weight"
+        if self.gated:
+            first: Any = ShardedTensorFactory(key1, self.weight1, split, join, replica_id)
+        else:
+            first = shard(key1, self.weight1, 1, tp_rank, tp_size, replica_id)
+        return {
+            f"{prefix}weight1": first,
+            f"{prefix}weight2": shard(key2, self.weight2, 2, tp_rank, tp_size, replica_id),
+        }
+
+
+class LingMoE(MoELayer):
+    """megatron-core's MoE layer with Ling's router, experts and shared experts in its slots."""
+
+    def __init__(self, config: Any, pg_collection: Any = None, **kwargs: Any) -> None:
+        kwargs.pop("tp_group", None)
+        submodules = MoESubmodules(experts=GroupedExperts, shared_experts=SharedExperts, router=LingRouter)
+        super().__init__(config=config, submodules=submodules, pg_collection=pg_collection, **kwargs)
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """Tell the parts which layer this is (1-based, MTP layers after the others)."""
+        super().set_layer_number(layer_number)
+        self.experts.set_layer_number(layer_number)
+        if self.use_shared_expert:
+            self.shared_experts.set_layer_number(layer_number)
+
+

@@ -1,0 +1,73 @@
+"""The FFNs that every token passes: the dense one of the first layers, and the shared experts."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+
+from ling.activations.module import FFNActivation
+from ling.activations.table import ResolvedActivation, resolve
+from ling.config.derived import activation_for
+from ling.config.schema import ModelConfig
+
+
+def resolved_activation(model: ModelConfig, kind: str) -> ResolvedActivation:
+    """The activation of an FFN kind: `dense`, `shared` or `routed`."""
+    return resolve(activation_for(model, kind), f"model.{kind}_activation", model.num_layers + model.mtp_num_layers)
+
+
+def config_for(config: Any, kind: str, ffn_hidden_size: int) -> Any:
+    """A copy of the TransformerConfig as one FFN kind sees it: its own width, its own gatedness."""
+    config = copy.copy(config)
+    config.ffn_hidden_size = ffn_hidden_size
+    config.gated_linear_unit = resolved_activation(config.ling, kind).activation.gated
+    return config
+
+
+class DenseMLP(MLP):
+    """down(activation(up and gate projection)), its matrices split over the tensor-parallel ranks."""
+
+    kind = "dense"
+
+    def __init__(self, config: Any, tp_group: Any = None, pg_collection: Any = None, **kwargs: Any) -> None:
+        width = self.width(config.ling)
+        super().__init__(
+            config=config_for(config, self.kind, width),
+            submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+            ffn_hidden_size=width,
+            tp_group=tp_group if tp_group is not None else getattr(pg_collection, "tp", None),
+        )
+        self.activation = FFNActivation(resolved_activation(config.ling, self.kind))
+
+    def width(self, model: ModelConfig) -> int:
+        """Width of the FFN, before it is split over ranks."""
+        return model.ffn_hidden_size
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """megatron-core says which layer this is (1-based, MTP layers after the others)."""
+        self.activation.set_layer(layer_number - 1)
+
+    def forward(self, hidden_states: torch.Tensor, per_token_scale: Any = None, **kwargs: Any) -> tuple[Any, None]:
+        """`[S, B, hidden]` to the same shape, and no bias."""
+        projected, _ = self.linear_fc1(hidden_states)
+        output, _ = self.linear_fc2(self.activation(projected, per_token_scale))
+        return output, None
+
+
+class SharedExperts(DenseMLP):
+    """The experts that every token passes, as one FFN of their joint width."""
+
+    kind = "shared"
+
+    def width(self, model: ModelConfig) -> int:
+        """Width of all shared experts together."""
+        assert model.moe_shared_expert_intermediate_size is not None
+        return model.moe_shared_expert_intermediate_size
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
+        """`[S, B, hidden]` to the same shape; megatron-core's MoELayer adds it to the routed experts' output."""
+        return super().forward(hidden_states)[0]

@@ -1,0 +1,91 @@
+"""Which module sits in which slot of megatron-core's layers: the whole table of the Ling decoder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec_for_backend
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
+
+from ling.model.attention import FlashAttention, SdpaAttention
+from ling.model.experts import LingMoE
+from ling.model.mlp import DenseMLP
+from ling.model.norm import RMSNorm
+
+
+def core_attention(implementation: str) -> type:
+    """The core attention module of a name that `ling.platform.select` knows."""
+    if implementation == "te":
+        from megatron.core.extensions.transformer_engine import TEDotProductAttention
+
+        return TEDotProductAttention
+    return {"sdpa": SdpaAttention, "flash": FlashAttention}[implementation]
+
+
+def layer_spec(config: Any, mlp: type) -> ModuleSpec:
+    """One pre-norm decoder layer: attention with QK-norm before RoPE, then the given FFN."""
+    qk_norm = RMSNorm if config.qk_layernorm else IdentityOp
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear,
+            core_attention=core_attention(config.operations["attention"]),
+            linear_proj=RowParallelLinear,
+            q_layernorm=qk_norm,
+            k_layernorm=qk_norm,
+        ),
+    )
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=attention,
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=mlp,
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def decoder_spec(config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """The layers of this rank's model chunk: the first `first_k_dense_replace` of the model dense, the others MoE."""
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage)
+    count = get_num_layers_to_build(config, vp_stage=vp_stage)
+    dense, moe = layer_spec(config, DenseMLP), layer_spec(config, LingMoE)
+    kinds = [moe if is_moe_layer(config.ling, layer) else dense for layer in range(first, first + count)]
+    return TransformerBlockSubmodules(layer_specs=kinds, layer_norm=RMSNorm)
+
+
+def is_moe_layer(model: Any, layer: int) -> bool:
+    """Whether the 0-based layer has experts."""
+    return model.num_moe_experts is not None and layer >= model.first_k_dense_replace
+
+
+class LingBackend(LocalSpecProvider):
+    """What megatron-core's MTP layer asks for: linear layers and norms."""
+
+    def layer_norm(self, *args: Any, **kwargs: Any) -> type:
+        """RMSNorm, everywhere."""
+        return RMSNorm
+
+
+def mtp_spec(config: Any, vp_stage: int | None = None) -> Any:
+    """The multi-token-prediction layers of this rank's chunk (a layer like the decoder's last), or None."""
+    if not config.mtp_num_layers:
+        return None
+    spec = layer_spec(config, LingMoE if config.ling.num_moe_experts is not None else DenseMLP)
+    return get_gpt_mtp_block_spec_for_backend(config, spec, backend=LingBackend(), vp_stage=vp_stage)

@@ -1,0 +1,1 @@
+"""Process groups and pipeline schedule: the only importer of megatron.core.parallel_state."""

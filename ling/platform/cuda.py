@@ -1,0 +1,43 @@
+"""NVIDIA GPUs: megatron-core's home, so nothing is adapted."""
+
+from __future__ import annotations
+
+import torch
+
+from ling.platform import megatron
+from ling.platform.optional import shield_megatron_import
+
+
+class CudaPlatform:
+    """See `ling.platform.base.Platform`."""
+
+    name = "cuda"
+    collectives = "nccl"
+
+    def __init__(self) -> None:
+        self._local_rank = 0
+
+    def start(self, local_rank: int, num_threads: int | None = None) -> None:
+        """Take GPU number `local_rank`."""
+        self._local_rank = local_rank
+        torch.cuda.set_device(local_rank)
+        if num_threads is not None:
+            torch.set_num_threads(num_threads)
+        shield_megatron_import()
+        megatron.check_version()
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda", self._local_rank)
+
+    def device_name(self) -> str:
+        return torch.cuda.get_device_name(self._local_rank)
+
+    def bf16_is_fast(self) -> bool:
+        return torch.cuda.get_device_capability(self._local_rank) >= (8, 0)
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize()
+
+    def peak_memory_gib(self) -> float:
+        return torch.cuda.max_memory_allocated() / 2**30
