@@ -7,6 +7,7 @@ import difflib
 import importlib
 import os
 import sys
+import warnings
 from typing import NoReturn
 
 from ling import __version__
@@ -72,6 +73,8 @@ def _main(argv: list[str]) -> int:
 
 def _run(name: str, argv: list[str]) -> int:
     module_name, summary = COMMANDS[name]
+    # megatron-core warns at import of each optional package that is absent: `ling doctor` says what matters of that
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
     module = importlib.import_module(module_name)
     parser = _Parser(prog=f"ling {name}", description=module.__doc__ or summary, allow_abbrev=False)
     module.add_arguments(parser)

@@ -52,6 +52,7 @@ def test_wrong_input_as_a_process():
         (["xyzzy"], "the commands are train, config"),
         (["config", "show"], "the following arguments are required: CONFIG; see `ling config show --help`"),
         (["config", "show", RUN, "modl.x=1"], "unknown key modl; did you mean model?"),
+        (["config", "check", RUN, "model.mcore.no_such_field=1"], "has no such field"),
     ]:
         done = ling(*argv)
         assert (done.returncode, done.stdout) == (2, ""), argv

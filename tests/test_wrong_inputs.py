@@ -92,6 +92,7 @@ MODEL = [
     check("experts of a dense model", "model.moe_ffn_hidden_size=96", "has no meaning without experts", run=DENSE),
     check("too many dense layers", "model.first_k_dense_replace=9", "9 is more than num_layers (4)"),
     check("named field in mcore", "model.mcore.hidden_size=256", "set model.hidden_size instead"),
+    check("unknown field in mcore", "model.mcore.no_such_field=1", "model.mcore.no_such_field: megatron-core's"),
     check("sequence too long", "data.sequence_length=1024", "more than model.max_position_embeddings (512)"),
 ]
 

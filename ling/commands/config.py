@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 
 from ling.commands import add_config_arguments, positive_int
 from ling.config import Config, check_config, load_config, non_default_values, to_dict, to_yaml
 from ling.config.derived import data_parallel_size, num_microbatches
 from ling.config.report import describe_keys, shown
+from ling.config.rules import config_warnings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +36,8 @@ def run(args: argparse.Namespace) -> int:
         print(_as_json(config) if args.json else _as_text(config))
     else:
         check_config(config, args.world)
+        for line in config_warnings(config):
+            print(f"ling: warning: {line}", file=sys.stderr)
         print(f"{args.config}: ok, {_checked(config, args.world)}")
     return 0
 

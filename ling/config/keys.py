@@ -15,6 +15,7 @@ from typing import Any
 from ling.config.schema import MISSING, Config
 
 ACTIVATION_KEYS = ("activation", "dense_activation", "shared_activation", "routed_activation")
+LARGEST_INT = 2**31 - 1
 _TYPE_NAMES: dict[Any, str] = {int: "int", float: "float", bool: "true or false", str: "text", type(None): "null"}
 
 
@@ -101,6 +102,8 @@ def limit_problems(config: Config, origins: Mapping[str, str] | None = None) -> 
             yield f"{where}: not given; it has no default: set {key.name}"
         elif isinstance(value, float) and not math.isfinite(value):
             yield f"{where}: must be a finite number, got {value}"
+        elif isinstance(value, int) and abs(value) > LARGEST_INT:
+            yield f"{where}: {value} is larger than {LARGEST_INT}, the largest number allowed"
         elif value is not None:
             yield from _outside(where, value, key.limits)
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from ling.config.derived import data_sources
+from ling.config.derived import activation_for, data_sources
 from ling.config.errors import UserError
-from ling.config.keys import limit_problems
+from ling.config.keys import all_keys, branches, did_you_mean, limit_problems
 from ling.config.layout_rules import LAYOUT_RULES
 from ling.config.load import summary
 from ling.config.model_rules import MODEL_RULES
@@ -30,10 +30,26 @@ def check_config(config: Config, world_size: int | None = None) -> None:
         raise UserError(summary(problems))
 
 
-def _run_folder(config: Config, world: int | None) -> Iterator[str]:
+def config_warnings(config: Config) -> list[str]:
+    """What is allowed, but doubtful: one line each. For a config that `check_config` has passed."""
+    from ling.activations.table import resolve
+
+    kinds = ("dense",) if config.model.num_moe_experts is None else ("dense", "shared", "routed")
+    specs = [activation_for(config.model, kind) for kind in kinds]
+    lines = [line for spec in specs for line in resolve(spec, num_layers=config.model.num_layers).warnings()]
+    return list(dict.fromkeys(lines))
+
+
+def _names(config: Config, world: int | None) -> Iterator[str]:
     name = config.run.name
     if name in ("", ".", "..") or name != name.strip() or not name.isprintable() or set(name) & set("/\\"):
         yield f"run.name: {name!r} is not a plain name; write letters, digits, - and _ (a path goes to run.dir)"
+    if not config.data.tokenizer.strip():
+        yield "data.tokenizer: is empty; give the tokenizer's folder or SentencePiece model"
+    for key in config.train.allow_change:
+        if key not in all_keys() and key not in branches():
+            hint = did_you_mean(key, [*branches(), *all_keys()])
+            yield f"train.allow_change: {key!r} is no key of a config{hint or '; see `ling config keys`'}"
     if config.run.dir is not None and not config.run.dir.strip():
         yield "run.dir: is empty; give a folder, or null for runs/<name>"
 
@@ -104,7 +120,7 @@ def _precision(config: Config, world: int | None) -> Iterator[str]:
 
 
 RULES: tuple[Rule, ...] = (
-    _run_folder,
+    _names,
     *MODEL_RULES,
     *LAYOUT_RULES,
     _data_forms,

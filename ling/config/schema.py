@@ -1,7 +1,7 @@
 """Every setting of a run, as typed dataclasses: the one layer of defaults.
 
-Names follow megatron-core where it has the setting. Each field carries its one-line description (which `ling config show
---help-keys` prints) and, where they are simple, its limits; rules that tie several fields together stand in `rules.py`.
+Names follow megatron-core where it has the setting. Each field carries its one-line description (`ling config keys` prints
+them) and, where they are simple, its limits; rules that tie several fields together stand in `rules.py`.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
+from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -200,7 +201,7 @@ def _encode(chunk: Chunk) -> Encoded:
         mended += was_mended
         documents.append([*tokenizer.encode(text), tokenizer.eos_id])
     lengths = [len(ids) for ids in documents]
-    ids = np.fromiter((token for ids in documents for token in ids), dtype=np.int32, count=sum(lengths))
+    ids = np.fromiter(chain.from_iterable(documents), dtype=np.int32, count=sum(lengths))
     return Encoded(ids, lengths, text_bytes, empty, mended, bad)
 
 

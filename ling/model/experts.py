@@ -14,7 +14,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 
 from ling.activations.module import FFNActivation
-from ling.model.mlp import SharedExperts, config_for, resolved_activation
+from ling.model.mlp import SharedExperts, config_for, resolved_activation, set_activation_layer
 from ling.model.router import LingRouter
 
 
@@ -59,7 +59,7 @@ class GroupedExperts(MegatronModule):
 
     def set_layer_number(self, layer_number: int) -> None:
         """Which layer this is (1-based, MTP layers after the others)."""
-        self.activation.set_layer(layer_number - 1)
+        set_activation_layer(self.activation, self.config.ling, layer_number)
 
     def forward(
         self, x_TH: torch.Tensor, tokens_per_expert: torch.Tensor, weight_T: torch.Tensor

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLP, MLPSubmodules, apply_swiglu_sharded_factory
+from megatron.core.transformer.utils import sharded_state_dict_default
 
 from ling.activations.module import FFNActivation
 from ling.activations.table import ResolvedActivation, resolve
@@ -17,7 +18,12 @@ from ling.config.schema import ModelConfig
 
 def resolved_activation(model: ModelConfig, kind: str) -> ResolvedActivation:
     """The activation of an FFN kind: `dense`, `shared` or `routed`."""
-    return resolve(activation_for(model, kind), f"model.{kind}_activation", model.num_layers + model.mtp_num_layers)
+    return resolve(activation_for(model, kind), f"model.{kind}_activation", model.num_layers)
+
+
+def set_activation_layer(activation: FFNActivation, model: ModelConfig, layer_number: int) -> None:
+    """Tell an activation its layer, 1-based; MTP layers come after the decoder's and are like its last one."""
+    activation.set_layer(min(layer_number, model.num_layers) - 1)
 
 
 def config_for(config: Any, kind: str, ffn_hidden_size: int) -> Any:
@@ -49,13 +55,28 @@ class DenseMLP(MLP):
 
     def set_layer_number(self, layer_number: int) -> None:
         """megatron-core says which layer this is (1-based, MTP layers after the others)."""
-        self.activation.set_layer(layer_number - 1)
+        set_activation_layer(self.activation, self.config.ling, layer_number)
 
     def forward(self, hidden_states: torch.Tensor, per_token_scale: Any = None, **kwargs: Any) -> tuple[Any, None]:
         """`[S, B, hidden]` to the same shape, and no bias."""
         projected, _ = self.linear_fc1(hidden_states)
         output, _ = self.linear_fc2(self.activation(projected, per_token_scale))
         return output, None
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """megatron-core's description of this rank's part of the checkpointed tensors; gate and up split apart."""
+        state: dict[str, Any] = {}
+        for name, module in self.named_children():
+            part = sharded_state_dict_default(
+                module, f"{prefix}{name}.", sharded_offsets, metadata, tp_group=self.tp_group
+            )
+            if name == "linear_fc1" and self.config.gated_linear_unit:
+                key = f"{prefix}{name}.weight"
+                part[key] = apply_swiglu_sharded_factory(part[key], sharded_offsets)
+            state |= part
+        return state
 
 
 class SharedExperts(DenseMLP):

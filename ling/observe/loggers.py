@@ -135,6 +135,7 @@ class BackgroundLogger:
         self.name = name
         self._close_timeout_s = close_timeout_s
         self._disabled = threading.Event()
+        self._lock = threading.Lock()
         self._queue: queue.Queue[Mapping[str, Any] | None] = queue.Queue(QUEUE_RECORDS)
         self._thread = threading.Thread(target=self._work, args=(make,), name=f"ling-{name}", daemon=True)
         self._thread.start()
@@ -172,9 +173,10 @@ class BackgroundLogger:
             self._disable(optional.describe(error))
 
     def _disable(self, reason: str) -> None:
-        if not self.disabled:
-            self._disabled.set()
-            WARNINGS.warning("%s is switched off, the run goes on: %s", self.name, _without_key(reason))
+        with self._lock:
+            if not self.disabled:
+                WARNINGS.warning("%s is switched off, the run goes on: %s", self.name, _without_key(reason))
+                self._disabled.set()  # after the warning: who sees the flag need not wait for it
 
 
 class Loggers:

@@ -62,8 +62,10 @@ class CpuEvent:
 _STREAM = CpuStream()
 
 
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    """What there is to do on a CPU."""
+def _nothing() -> Callable[..., None]:
+    """A function that does what there is to do on a CPU; a new one each time, since torch's compiler keeps a table of
+    torch's functions in which none may stand twice."""
+    return lambda *args, **kwargs: None
 
 
 @contextlib.contextmanager
@@ -127,18 +129,18 @@ class Replacement(NamedTuple):
 
 REPLACED_IN_TORCH: tuple[Replacement, ...] = (
     Replacement("torch.cuda", "current_device", lambda: CPU),
-    Replacement("torch.cuda", "set_device", _nothing),
-    Replacement("torch.cuda", "synchronize", _nothing),
-    Replacement("torch.cuda", "empty_cache", _nothing),
+    Replacement("torch.cuda", "set_device", _nothing()),
+    Replacement("torch.cuda", "synchronize", _nothing()),
+    Replacement("torch.cuda", "empty_cache", _nothing()),
     Replacement("torch.cuda", "Stream", CpuStream),
     Replacement("torch.cuda", "Event", CpuEvent),
     Replacement("torch.cuda", "stream", _on_stream),
     Replacement("torch.cuda", "current_stream", lambda *args: _STREAM),
     Replacement("torch.cuda", "default_stream", lambda *args: _STREAM),
     Replacement("torch.cuda", "is_current_stream_capturing", lambda: False),
-    Replacement("torch.cuda.nvtx", "range_push", _nothing),
-    Replacement("torch.cuda.nvtx", "range_pop", _nothing),
-    Replacement("torch.cuda", "manual_seed", torch.manual_seed),
+    Replacement("torch.cuda.nvtx", "range_push", _nothing()),
+    Replacement("torch.cuda.nvtx", "range_pop", _nothing()),
+    Replacement("torch.cuda", "manual_seed", lambda seed: torch.manual_seed(seed)),
     Replacement("torch.cuda", "get_rng_state", _get_rng_state),
     Replacement("torch.cuda", "set_rng_state", _set_rng_state),
     Replacement("torch.cuda", "FloatTensor", _typed_tensor("FloatTensor", torch.float32)),

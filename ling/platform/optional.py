@@ -17,8 +17,11 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 
+ABSENT = "not installed"
 # What megatron-core imports at its own import, guarded against ImportError only.
 MEGATRON_IMPORTS = ("transformer_engine", "apex", "flash_attn", "triton", "tensorboard", "wandb")
+# Compiled modules of a package that megatron-core imports by their own names.
+EXTENSIONS = {"transformer_engine": ("transformer_engine_torch",), "apex": ("amp_C",)}
 
 
 @dataclass(frozen=True)
@@ -31,9 +34,9 @@ class Found:
     problem: str | None
 
     @property
-    def installed(self) -> bool:
-        """Whether something of that name is there, be it broken."""
-        return self.module is not None or not (self.problem or "").startswith("not installed")
+    def visible(self) -> bool:
+        """Whether Python finds something of that name, be it broken, another package or a mere folder."""
+        return self.problem != ABSENT
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ def find(name: str) -> Found:
         return Found(name, version, None, f"broken: {describe(error)}")
     module = sys.modules[name]
     if package.attribute is not None and not hasattr(module, package.attribute):
-        return Found(name, version, None, f"broken: it has no {package.attribute}")
+        return Found(name, version, None, f"another package: it has no {package.attribute}")
     return Found(name, version or _version_of_module(module), module, None)
 
 
@@ -101,16 +104,18 @@ def describe(error: BaseException) -> str:
 def shield_megatron_import() -> tuple[Found, ...]:
     """Hide from megatron-core what would break its import or mislead it; to be called before megatron.core is imported.
 
-    megatron-core takes any importable `apex` for NVIDIA's, and an exception other than ImportError from one of these
-    packages for its own. A name that maps to None in sys.modules raises ImportError instead. Returns what was hidden,
+    megatron-core takes any importable `apex` for NVIDIA's, and fails itself when one of these packages raises anything
+    but ImportError. A name that maps to None in sys.modules raises ImportError instead. Returns what was hidden,
     with the reason in `problem`.
     """
     hidden = []
     for name in MEGATRON_IMPORTS:
         found = find(name)
-        if found.problem is None or not found.installed:
+        if found.problem is None or not found.visible:
             continue
-        roots = ("apex", "amp_C") if name == "apex" else (name,)
+        if name == "flash_attn" and not found.problem.startswith("broken"):
+            continue  # flash-attn-4 alone: torch imports it from that folder, and megatron-core is not misled
+        roots = (name, *EXTENSIONS.get(name, ()))
         for module in list(sys.modules):
             if module.split(".")[0] in roots:
                 del sys.modules[module]  # an `import a.b` does not ask for `a` where `a.b` is left from a failed import
@@ -138,11 +143,11 @@ def _missing(name: str) -> str | None:
     """Why no package `name` can be imported, from its spec alone: nothing of it runs."""
     spec = _spec(name)
     if spec is None:
-        return "not installed"
+        return ABSENT
     if spec.origin is None and spec.submodule_search_locations is not None:
-        # a run's folder wandb/ or tensorboard/ in the working directory counts as a namespace package
+        # a run's folder wandb/, or a clone of apex, in the working directory imports as an empty namespace package
         folder = next(iter(spec.submodule_search_locations), "?")
-        return f"not installed (the folder {folder} has its name, but is not the package)"
+        return f"not installed, there is only a folder of its name: {folder}"
     return None
 
 

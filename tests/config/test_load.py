@@ -163,6 +163,7 @@ def test_a_name_stays_the_text_that_was_typed(write, tmp_path, name):
         ("optim..lr=4", "not of the form a.b=c"),
         ("data.train=[a", "not valid YAML"),
         ("optim.lr=-1", "optim.lr (override 'optim.lr=-1'): must be greater than 0, got -1.0"),
+        ("train.train_iters=99999999999999", "is larger than 2147483647"),
         ("optim.lr=.nan", "must be a finite number, got nan"),
         ("optim.adam_beta1=1.0", "must be less than 1"),
         ("model.rotary_percent=1.5", "must be at most 1"),

@@ -7,6 +7,7 @@ import pytest
 
 from ling.config import Config, UserError, check_config, load_config
 from ling.config import derived as d
+from ling.config.rules import config_warnings
 
 RUNS = Path(__file__).parents[2] / "configs" / "runs"
 
@@ -167,6 +168,8 @@ WRONG = [
     (dense("run.name=a/b"), None, "run.name: 'a/b' is not a plain name"),
     (dense("run.name=''"), None, "run.name: '' is not a plain name"),
     (dense("run.name=.."), None, "is not a plain name"),
+    (dense("data.tokenizer=''"), None, "data.tokenizer: is empty"),
+    (dense("train.allow_change=[optim.l]"), None, "'optim.l' is no key of a config; did you mean optim.lr?"),
     (dense("run.dir=''"), None, "run.dir: is empty"),
 ]
 
@@ -192,6 +195,13 @@ def test_a_config_made_in_python_is_checked_too():
     config.model.num_attention_heads = 0
     with pytest.raises(UserError, match=r"^model.num_attention_heads: must be at least 1, got 0$"):
         check_config(config)
+
+
+def test_what_is_doubtful_is_a_warning():
+    assert config_warnings(moe()()) == []
+    lines = config_warnings(moe("model.activation.m=0.5")())
+    assert len(lines) == 1
+    assert "powlu.m = 0.5" in lines[0]
 
 
 def test_derived_values():

@@ -65,16 +65,16 @@ def test_every_kind_of_breakage_is_told_and_megatron_still_imports(tmp_path):
     report = json.loads(result.stdout)
     problems = report["problems"]
     assert problems["transformer_engine"] == "broken: FileNotFoundError: no core library"
-    assert problems["flash_attn"] == "broken: it has no flash_attn_func"
+    assert problems["flash_attn"] == "another package: it has no flash_attn_func"
     assert "web toolkit" in problems["apex"]
     assert problems["triton"] == "broken: SystemExit: 3"
-    assert problems["wandb"].startswith("not installed (the folder ")
+    assert problems["wandb"].startswith("not installed, there is only a folder of its name: ")
     assert problems["tokenizers"] == "broken: Panic"
     assert problems["transformers"].startswith("broken: OSError: ")
     assert problems["tensorboard"].startswith("broken: AttributeError: ")
     assert report["usable"] == []
     assert all("\n" not in problem for problem in problems.values())
-    assert report["hidden"] == ["transformer_engine", "apex", "flash_attn", "triton", "tensorboard"]
+    assert report["hidden"] == ["transformer_engine", "apex", "triton", "tensorboard", "wandb"]
     assert report["have"] == [False, False]
 
 
@@ -103,12 +103,21 @@ def test_what_a_failed_import_left_behind_is_hidden_too(tmp_path):
     assert report["have"] == [False, False]
 
 
+def test_a_clone_of_apex_in_the_working_directory_is_not_taken_for_apex(tmp_path):
+    result = python(packages(tmp_path, {"apex/setup.py": "", "apex/README.md": ""}), REPORT)
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["problems"]["apex"].startswith("not installed, there is only a folder")
+    assert report["hidden"] == ["apex"]
+    assert report["have"] == [False, False]
+
+
 def test_nvidias_apex_is_recognised_and_not_hidden(tmp_path):
     files = {"apex/__init__.py": "", "apex/optimizers/__init__.py": "", "amp_C.py": ""}
     code = (
         "from ling.platform import optional\n"
         "found = optional.find('apex')\n"
-        "assert found.problem is None and found.module.__name__ == 'apex' and found.installed, found\n"
+        "assert found.problem is None and found.module.__name__ == 'apex' and found.visible, found\n"
         "assert 'apex' not in [item.name for item in optional.shield_megatron_import()]\n"
     )
     result = python(packages(tmp_path, files), code)
@@ -138,7 +147,7 @@ def test_a_package_that_is_absent(monkeypatch):
     )
     found = optional.find("no_such_package")
     assert found == optional.Found("no_such_package", None, None, "not installed")
-    assert not found.installed
+    assert not found.visible
 
 
 def test_a_package_that_works_is_found_once():
