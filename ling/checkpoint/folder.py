@@ -60,7 +60,9 @@ def read_manifest(folder: Path) -> Manifest:
     except (ValueError, TypeError) as error:
         raise UserError(f"{folder / MANIFEST} is damaged: {error}") from None
     if manifest.format > FORMAT:
-        raise UserError(f"{folder} has checkpoint format {manifest.format}, this ling reads up to {FORMAT}; upgrade ling")
+        raise UserError(
+            f"{folder} has checkpoint format {manifest.format}, this ling reads up to {FORMAT}; upgrade ling"
+        )
     for name, size in manifest.files.items():
         path = folder / name
         if not path.is_file() or path.stat().st_size != size:

@@ -18,7 +18,16 @@ from ling.config.report import diff, save_config, shown
 if TYPE_CHECKING:
     from ling.platform import Platform
 
-FREE_TO_CHANGE = ("parallel.", "checkpoint.", "observe.", "runtime.", "train.", "run.dir", "data.num_workers", "data.cache_dir")
+FREE_TO_CHANGE = (
+    "parallel.",
+    "checkpoint.",
+    "observe.",
+    "runtime.",
+    "train.",
+    "run.dir",
+    "data.num_workers",
+    "data.cache_dir",
+)
 """Settings that may differ when a run is resumed: they change neither the model nor the order of the data."""
 
 NOT_FREE = ("train.global_batch_size",)
@@ -36,7 +45,9 @@ def run(args: argparse.Namespace) -> int:
 
     is_rank = under_torchrun()
     if is_rank and args.nproc > 1:
-        raise UserError("--nproc: torchrun has started this process already; give the number of ranks to torchrun alone")
+        raise UserError(
+            "--nproc: torchrun has started this process already; give the number of ranks to torchrun alone"
+        )
     world_size = World.from_environment().size if is_rank else args.nproc
     config = load_config(args.config, args.overrides)
     platform = _check(config, world_size)

@@ -18,6 +18,9 @@ from ling.model.mlp import SharedExperts, config_for, resolved_activation, set_a
 from ling.model.router import LingRouter
 
 
+CPU_ROW_MULTIPLE = 64
+
+
 def grouped_linear(x_TK: torch.Tensor, weight_ENK: torch.Tensor, tokens_per_expert: torch.Tensor) -> torch.Tensor:
     """`x @ weight[e].T` for the rows of each expert, `[T, N]`, in one call of torch's grouped_mm."""
     if x_TK.shape[0] == 0:  # keeps the weights in the graph: their gradient is zero, not missing
@@ -30,6 +33,21 @@ def looped_linear(x_TK: torch.Tensor, weight_ENK: torch.Tensor, tokens_per_exper
     """As `grouped_linear`, one product per expert."""
     rows = x_TK.split(tokens_per_expert.tolist())
     return torch.cat([F.linear(x, weight) for x, weight in zip(rows, weight_ENK.unbind(0), strict=True)])
+
+
+def aligned_rows(tokens_per_expert: torch.Tensor, multiple: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where each row goes when every expert's rows are padded to a multiple.
+
+    Args:
+        tokens_per_expert: `[E]`, on the host.
+
+    Returns:
+        `[T]` new row of each row, and `[E]` padded rows of each expert.
+    """
+    padded_E = (tokens_per_expert + multiple - 1) // multiple * multiple
+    shift_E = (padded_E.cumsum(0) - padded_E) - (tokens_per_expert.cumsum(0) - tokens_per_expert)
+    rows_T = torch.arange(int(tokens_per_expert.sum())) + shift_E.repeat_interleave(tokens_per_expert)
+    return rows_T, padded_E
 
 
 class GroupedExperts(MegatronModule):
@@ -74,8 +92,20 @@ class GroupedExperts(MegatronModule):
         Returns:
             `[T, H]`, and no bias.
         """
+        if x_TH.shape[0] == 0 or x_TH.device.type != "cpu":
+            return self._through_experts(x_TH, tokens_per_expert, weight_T), None
+        # oneDNN compiles a kernel for each new number of rows, at milliseconds apiece: let there be few such numbers.
+        rows_T, padded_E = aligned_rows(tokens_per_expert, CPU_ROW_MULTIPLE)
+        total = int(padded_E.sum())
+        x_PH = x_TH.new_zeros(total, x_TH.shape[1]).index_copy(0, rows_T, x_TH)
+        weight_P = weight_T.new_zeros(total).index_copy(0, rows_T, weight_T)
+        return self._through_experts(x_PH, padded_E, weight_P).index_select(0, rows_T), None
+
+    def _through_experts(
+        self, x_TH: torch.Tensor, tokens_per_expert: torch.Tensor, weight_T: torch.Tensor
+    ) -> torch.Tensor:
         hidden = self.linear(x_TH, self.weight1, tokens_per_expert)
-        return self.linear(self.activation(hidden, weight_T), self.weight2, tokens_per_expert), None
+        return self.linear(self.activation(hidden, weight_T), self.weight2, tokens_per_expert)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
@@ -127,5 +157,3 @@ class LingMoE(MoELayer):
         self.experts.set_layer_number(layer_number)
         if self.use_shared_expert:
             self.shared_experts.set_layer_number(layer_number)
-
-

@@ -8,6 +8,7 @@ Nothing is replaced when `ling` is imported, nor ever on a machine that uses CUD
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import importlib
 import os
@@ -21,6 +22,7 @@ from ling.platform import megatron
 from ling.platform.optional import shield_megatron_import
 
 CPU = torch.device("cpu")
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # names of glibc's malloc.h
 
 
 class CpuStream:
@@ -228,6 +230,7 @@ class CpuPlatform:
             ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             num_threads = max(1, len(os.sched_getaffinity(0)) // ranks)
         torch.set_num_threads(num_threads)
+        _keep_freed_memory()
         adapt_megatron()
 
     def device_name(self) -> str:
@@ -243,6 +246,15 @@ class CpuPlatform:
 
     def peak_memory_gib(self) -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep what is freed: a training step asks for the same large blocks again, and fetching fresh pages from
+    the system costs about a tenth of its time."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _cpuinfo(key: str) -> list[str]:

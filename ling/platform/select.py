@@ -72,4 +72,6 @@ def _optimizer() -> Choice:
     for package in ("transformer_engine", "apex"):
         if optional.find(package).problem is None:
             return Choice("optimizer", package, "its FusedAdam, in megatron-core's distributed optimizer")
-    return Choice("optimizer", "torch", "ling's AdamW on torch's fused kernel, in megatron-core's distributed optimizer")
+    return Choice(
+        "optimizer", "torch", "ling's AdamW on torch's fused kernel, in megatron-core's distributed optimizer"
+    )
