@@ -75,6 +75,8 @@ def _run(name: str, argv: list[str]) -> int:
     module_name, summary = COMMANDS[name]
     # megatron-core warns at import of each optional package that is absent: `ling doctor` says what matters of that
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
+    # torch renames collectives that megatron-core calls by their old names
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
     module = importlib.import_module(module_name)
     parser = _Parser(prog=f"ling {name}", description=module.__doc__ or summary, allow_abbrev=False)
     module.add_arguments(parser)

@@ -162,9 +162,8 @@ class Trainer:
             world_size=self.world.size,
             versions=sharded.versions(),
             loss=self.last_loss,
-            tokenizer=self.config.data.tokenizer,
         )
-        sharded.save(folder, self.chunks, self.optimizer, manifest)
+        sharded.save(folder, self.chunks, self.optimizer, manifest, Path(self.config.data.tokenizer))
         self._print(f"saved {folder}")
         return folder
 

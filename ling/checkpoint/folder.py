@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from ling.config.errors import UserError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer"
 _NAME = re.compile(r"step_(\d{8})")
 
 
@@ -25,7 +27,6 @@ class Manifest:
     world_size: int
     versions: dict[str, str]
     loss: float | None = None
-    tokenizer: str | None = None
     format: int = FORMAT
     files: dict[str, int] = field(default_factory=dict)
     """Size in bytes of every file of the checkpoint."""
@@ -44,6 +45,16 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     partial = folder / f"{MANIFEST}.partial"
     partial.write_text(json.dumps(asdict(manifest), indent=1) + "\n")
     partial.rename(folder / MANIFEST)
+
+
+def copy_tokenizer(tokenizer: Path, folder: Path) -> None:
+    """Put a copy of a tokenizer (a folder or a file) into a checkpoint."""
+    target = folder / TOKENIZER
+    if tokenizer.is_dir():
+        shutil.copytree(tokenizer, target)
+    else:
+        target.mkdir()
+        shutil.copy(tokenizer, target / ("tokenizer.model" if tokenizer.suffix == ".model" else tokenizer.name))
 
 
 def read_manifest(folder: Path) -> Manifest:

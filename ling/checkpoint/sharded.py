@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.validation import StrictHandling
 
-from ling.checkpoint.folder import Manifest, write_manifest
+from ling.checkpoint.folder import Manifest, copy_tokenizer, write_manifest
 from ling.parallel import groups
 
 _OPTIMIZER_FORMAT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
@@ -39,8 +39,12 @@ def _optimizer_state(optimizer: Any, model_state: dict[str, Any], is_loading: bo
     return optimizer.sharded_state_dict(model_state, is_loading, metadata=_metadata())
 
 
-def save(folder: Path, chunks: list[Any], optimizer: Any, manifest: Manifest) -> None:
-    """Write a checkpoint aside and rename it when it is complete. All ranks call it; `folder` must not exist yet."""
+def save(folder: Path, chunks: list[Any], optimizer: Any, manifest: Manifest, tokenizer: Path) -> None:
+    """Write a checkpoint aside and rename it when it is complete. All ranks call it; `folder` must not exist yet.
+
+    Args:
+        tokenizer: folder or file of the run's tokenizer; a copy goes into the checkpoint.
+    """
     partial = folder.with_name(f".{folder.name}.partial")
     is_main = dist.get_rank() == 0
     if is_main:
@@ -55,6 +59,7 @@ def save(folder: Path, chunks: list[Any], optimizer: Any, manifest: Manifest) ->
         dist_checkpointing.save(state, str(partial), ("torch_dist", 1))
     dist.barrier()
     if is_main:
+        copy_tokenizer(tokenizer, partial)
         write_manifest(partial, manifest)
         for path in partial.rglob("*"):
             if path.is_file():

@@ -26,7 +26,6 @@ FREE_TO_CHANGE = (
     "train.",
     "run.dir",
     "data.num_workers",
-    "data.cache_dir",
 )
 """Settings that may differ when a run is resumed: they change neither the model nor the order of the data."""
 

@@ -45,6 +45,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return config
 
 
+def from_dict(values: dict[str, Any], where: str) -> Config:
+    """The config of a resolved tree as `to_dict` gives it, such as a checkpoint's. Raises UserError naming `where`."""
+    layer = _Layer(where, values)
+    _check_keys(layer)
+    _check_types(layer)
+    return _build(values, where)
+
+
 def summary(problems: Sequence[str]) -> str:
     """The first problem, and how many more there are."""
     more = len(problems) - 1

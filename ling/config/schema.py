@@ -1,7 +1,7 @@
 """Every setting of a run, as typed dataclasses: the one layer of defaults.
 
-Names follow megatron-core where it has the setting. Each field carries its one-line description (`ling config keys` prints
-them) and, where they are simple, its limits; rules that tie several fields together stand in `rules.py`.
+Names follow megatron-core where it has the setting. Each field carries its one-line description (`ling config keys`
+prints them) and, where they are simple, its limits; rules that tie several fields together stand in `rules.py`.
 """
 
 from __future__ import annotations
@@ -111,11 +111,9 @@ class DataConfig:
     valid: Any = opt(None, "held-out data, in the same forms; evaluated one by one, by name")
     tokenizer: str = opt(MISSING, "tokenizer that the data was prepared with: a folder or a SentencePiece model")
     sequence_length: int = opt(MISSING, "tokens of a training sample", ge=2)
-    reset_position_ids: bool = opt(False, "start the positions anew at each document")
     reset_attention_mask: bool = opt(False, "let tokens attend within their document only")
     eod_mask_loss: bool = opt(False, "no loss on the token that follows an end of document")
     num_workers: int = opt(0, "processes that prefetch batches; 0: none", ge=0)
-    cache_dir: str | None = opt(None, "folder of the sample indices; null: `cache` beside each source")
 
 
 @dataclass

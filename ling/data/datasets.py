@@ -102,7 +102,6 @@ class SampleStream:
         shuffle: bool = True,
         repeat: bool = True,
         vocab_size: int | None = None,
-        reset_position_ids: bool = False,
         reset_attention_mask: bool = False,
         eod_mask_loss: bool = False,
     ) -> None:
@@ -119,7 +118,6 @@ class SampleStream:
         self._blend = Blend([source.weight for source in sources])
         self._eos_id = eos_id
         self._vocab_size = vocab_size
-        self._reset_position_ids = reset_position_ids
         self._reset_attention_mask = reset_attention_mask
         self._eod_mask_loss = eod_mask_loss
 
@@ -140,16 +138,13 @@ class SampleStream:
             )
         tokens, labels = run[:-1], run[1:]
         ends = tokens == self._eos_id
-        position = np.arange(len(tokens), dtype=np.int64)
         begins = np.zeros(len(tokens), dtype=bool)
         begins[1:] = ends[:-1]
         out = {"tokens": tokens, "labels": labels, "loss_mask": np.ones(len(tokens), dtype=np.float32)}
         if self._eod_mask_loss:
             out["loss_mask"][ends] = 0.0
-        if self._reset_position_ids:
-            out["position_ids"] = position - np.maximum.accumulate(np.where(begins, position, 0))
-        else:
-            out["position_ids"] = position
+        # Positions run through the sample: rotary embeddings see differences only, within a document as without.
+        out["position_ids"] = np.arange(len(tokens), dtype=np.int64)
         if self._reset_attention_mask:
             out["document_ids"] = np.cumsum(begins, dtype=np.int64)
         return out
@@ -328,7 +323,6 @@ def _build(config: Config, sources: list[Source], shuffle: bool, repeat: bool) -
         shuffle=shuffle,
         repeat=repeat,
         vocab_size=config.model.vocab_size,
-        reset_position_ids=config.data.reset_position_ids,
         reset_attention_mask=config.data.reset_attention_mask,
         eod_mask_loss=config.data.eod_mask_loss,
     )

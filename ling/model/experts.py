@@ -1,6 +1,7 @@
 """The routed experts of one rank, as grouped matrix products."""
 
-# T: tokens sent to this rank's experts, sorted by expert; E: experts of this rank; H: hidden size; F: width of an expert
+# T: tokens sent to this rank's experts, sorted by expert; P: the same, padded; E: experts of this rank; H: hidden size;
+# F: width of an expert
 
 from __future__ import annotations
 
@@ -16,7 +17,6 @@ from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from ling.activations.module import FFNActivation
 from ling.model.mlp import SharedExperts, config_for, resolved_activation, set_activation_layer
 from ling.model.router import LingRouter
-
 
 CPU_ROW_MULTIPLE = 64
 
@@ -53,8 +53,8 @@ def aligned_rows(tokens_per_expert: torch.Tensor, multiple: int) -> tuple[torch.
 class GroupedExperts(MegatronModule):
     """The experts of one layer that live on this rank.
 
-    `weight1` is `[E, 2F, H]` (gate ‖ up; `[E, F, H]` un-gated), `weight2` is `[E, H, F]`. In a checkpoint they stand under
-    the names and global shapes of megatron-core's SequentialMLP and TEGroupedMLP, whatever the way of multiplying.
+    `weight1` is `[E, 2F, H]` (gate ‖ up; `[E, F, H]` un-gated), `weight2` is `[E, H, F]`. In a checkpoint they stand
+    under the names and global shapes of megatron-core's SequentialMLP and TEGroupedMLP, however they are multiplied.
     """
 
     def __init__(self, num_local_experts: int, config: Any, pg_collection: Any = None, **kwargs: Any) -> None:

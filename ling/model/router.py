@@ -23,9 +23,10 @@ from ling.parallel import groups
 class LingRouter(TopKRouter):
     """Chooses the experts of each token and their weights.
 
-    Losses (z-loss and sequence-wise balance loss) reach the gradient through megatron-core's `MoEAuxLossAutoScaler`; all
-    gradients are divided by the tokens of the global batch at the end of a step, so a loss that is a mean over tokens is
-    handed over times its tokens. Each tensor-parallel rank hands over the share of its own tokens, and those are summed.
+    Losses (z-loss and sequence-wise balance loss) reach the gradient through megatron-core's `MoEAuxLossAutoScaler`;
+    all gradients are divided by the tokens of the global batch at the end of a step, so a loss that is a mean over
+    tokens is handed over times its tokens. Each tensor-parallel rank hands over the share of its own tokens, and those
+    are summed.
     """
 
     def __init__(self, config: Any, pg_collection: Any = None, **kwargs: Any) -> None:
@@ -48,7 +49,7 @@ class LingRouter(TopKRouter):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> LingRouter:
         """Move with the model, but keep the bias and the counters in fp32 whatever the model is cast to."""
-        kept = {name: buffer for name, buffer in self.named_buffers(recurse=False)}
+        kept = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
         for name, old in kept.items():
             new = getattr(self, name)

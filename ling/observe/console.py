@@ -27,7 +27,7 @@ def step_line(record: Mapping[str, Any], train_iters: int | None) -> str:
         _part("grad {:.2f}", _number(record, "grad_norm")),
         _part("lr {:.1e}", _number(record, "lr")),
         f"{short_count(rate)} {unit}" if rate is not None else None,
-        _part("{:.1f} TFLOP/s", _number(record, "tflops_per_device")),
+        _part("{:.3g} TFLOP/s", _number(record, "tflops_per_device")),
         _part("MFU {:.1%}", _number(record, "mfu")),
         _milliseconds(_number(record, "step_ms")),
         _eta(record, train_iters),

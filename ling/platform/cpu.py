@@ -1,8 +1,9 @@
 """megatron-core on a machine without a GPU: the whole adaptation, in one place.
 
 megatron-core asks torch for CUDA devices, streams and random states by name. On the CPU each of those names has a plain
-meaning (the device is the CPU, a stream runs at once, a random state is the CPU's), and `REPLACED` gives it that meaning.
-Nothing is replaced when `ling` is imported, nor ever on a machine that uses CUDA: only `CpuPlatform.start` does it.
+meaning (the device is the CPU, a stream runs at once, a random state is the CPU's), and the tables `REPLACED_IN_*` give
+it that meaning. Nothing is replaced when `ling` is imported, nor ever on a machine that uses CUDA: only
+`CpuPlatform.start` does it.
 """
 
 from __future__ import annotations
@@ -249,8 +250,10 @@ class CpuPlatform:
 
 
 def _keep_freed_memory() -> None:
-    """Have glibc keep what is freed: a training step asks for the same large blocks again, and fetching fresh pages from
-    the system costs about a tenth of its time."""
+    """Have glibc keep what is freed: a training step asks for the same large blocks again.
+
+    Fetching fresh pages from the system took about a tenth of a small model's step (docs/LOG.md).
+    """
     with contextlib.suppress(OSError, AttributeError):  # another C library
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(_M_MMAP_MAX, 0)

@@ -59,7 +59,8 @@ def _experts(wanted: str) -> Choice:
     has_grouped_mm = hasattr(torch.nn.functional, "grouped_mm")
     if wanted == "grouped_mm" and not has_grouped_mm:
         raise UserError(
-            f"runtime.grouped_gemm=grouped_mm: torch {torch.__version__} has no grouped_mm; set runtime.grouped_gemm=loop"
+            f"runtime.grouped_gemm=grouped_mm: torch {torch.__version__} has no grouped_mm; "
+            "set runtime.grouped_gemm=loop"
         )
     if wanted == "loop":
         return Choice("experts", "loop", "named in the config")

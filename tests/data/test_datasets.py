@@ -82,7 +82,7 @@ PERMUTATION = [1, 2, 4, 6, 5, 0, 7, 3]
 
 def test_labels_positions_and_masks(prefix):
     plain = stream_of(prefix)
-    full = stream_of(prefix, reset_position_ids=True, reset_attention_mask=True, eod_mask_loss=True)
+    full = stream_of(prefix, reset_attention_mask=True, eod_mask_loss=True)
     seen_end_in_front = False
     for i in range(60):
         sample, masked = plain.sample(i), full.sample(i)
@@ -97,13 +97,12 @@ def test_labels_positions_and_masks(prefix):
         np.testing.assert_array_equal(sample["tokens"][1:], sample["labels"][:-1])
         assert sample["position_ids"].tolist() == list(range(S))
         assert sample["loss_mask"].tolist() == [1.0] * S
-        position = document = 0
+        document = 0
         for t, token in enumerate(masked["tokens"]):
-            assert (masked["position_ids"][t], masked["document_ids"][t]) == (position, document)
+            assert (masked["position_ids"][t], masked["document_ids"][t]) == (t, document)
             assert masked["loss_mask"][t] == (token != 2)
-            position += 1
             if token == 2:
-                position, document = 0, document + 1
+                document += 1
                 seen_end_in_front = True
     assert seen_end_in_front
 

@@ -1,0 +1,37 @@
+# Sourced by the other scripts: makes .venv beside this folder with everything that ling needs, once.
+# usage: . scripts/environment.sh; make_environment [EXTRA]     EXTRA: an extra of pyproject.toml, such as test
+
+TORCH=2.13.0
+
+find_python() {
+    local candidate
+    for candidate in "${PYTHON:-}" python3.12 python3.11 python3 python3.13; do
+        if [ -n "$candidate" ] && "$candidate" -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+    done
+    echo "error: Python 3.11 or newer with the venv module is needed; install it, or name it: PYTHON=/path/to/python3 $0" >&2
+    return 2
+}
+
+make_environment() {
+    local extra=${1:-} python wanted stamp
+    stamp=.venv/ling-installed${extra:+-$extra}
+    wanted=$(cat pyproject.toml setup.py scripts/environment.sh | cksum)
+    if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
+        return
+    fi
+    python=$(find_python) || return
+    echo "installing into .venv (torch $TORCH, megatron-core, ling${extra:+ and its $extra tools}) ..."
+    [ -x .venv/bin/python ] || "$python" -m venv .venv
+    # torch by its exact version and first: a looser requirement would take the newest build, CUDA packages included,
+    # also where an index serves a CPU build of this one.
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check "torch==$TORCH" >.venv/pip.log 2>&1 &&
+        .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".${extra:+[$extra]}" >>.venv/pip.log 2>&1 || {
+        tail -n 20 .venv/pip.log >&2
+        echo "error: pip could not install what is needed (the whole log is .venv/pip.log); run this again when that is mended" >&2
+        return 1
+    }
+    echo "$wanted" >"$stamp"
+}
