@@ -73,6 +73,7 @@ def _check(config: Config, world_size: int) -> Platform:
     platform = get_platform(config.runtime.platform)
     platform.start(World.from_environment().local_rank, config.runtime.num_threads)
     choose(config.runtime, platform.name)
+    _check_loggers(config)
     config.precision.recipe = precision_recipe(config.precision, platform)
     from ling.model.build import check_model_config
 
@@ -80,34 +81,53 @@ def _check(config: Config, world_size: int) -> Platform:
     return platform
 
 
+def _check_loggers(config: Config) -> None:
+    from ling.platform import optional
+
+    observe = config.observe
+    asked = {"tensorboard": (observe.tensorboard, "false"), "wandb": (observe.wandb != "disabled", "disabled")}
+    for name, (wanted, off) in asked.items():
+        problem = optional.find(name).problem if wanted else None
+        if problem:
+            raise UserError(f"observe.{name}: {name}: {problem}; pip install {name}, or set observe.{name}={off}")
+
+
 def _claim_folder(config: Config) -> None:
     """Make the run's folder this config's, or see that it already is; the newest start's config is kept in it.
 
     Raises:
-        UserError: the folder belongs to another run, or holds something else.
+        UserError: the folder belongs to another run, holds something else, or cannot be written.
     """
     folder = run_dir(config)
-    known = folder / "config.yaml"
-    if known.is_file():
-        allowed = config.train.allow_change
-        changes = [
-            (key, old, new)
-            for key, old, new in diff(load_config(known), config)
-            if not (key.startswith(FREE_TO_CHANGE) and key not in NOT_FREE) and key not in allowed
-        ]
-        if changes:
-            key, old, new = changes[0]
-            more = f" (and {len(changes) - 1} more)" if len(changes) > 1 else ""
-            raise UserError(
-                f"{folder} belongs to a run with {key}={shown(old)}, not {shown(new)}{more}: give this run another "
-                f"run.name, or allow the change with train.allow_change=[{','.join(key for key, _, _ in changes)}]"
-            )
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} is not empty and no run of ling: give another run.name or run.dir, or empty it")
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / ".config.yaml.partial"
-    save_config(config, partial)
-    partial.rename(known)
+    known, partial = folder / "config.yaml", folder / ".config.yaml.partial"
+    try:
+        if known.is_file():
+            _refuse_changes(folder, load_config(known), config)
+        elif folder.exists() and (not folder.is_dir() or any(path != partial for path in folder.iterdir())):
+            raise UserError(f"{folder} is not empty and no run of ling: give another run.name or run.dir, or empty it")
+        folder.mkdir(parents=True, exist_ok=True)
+        save_config(config, partial)
+        partial.rename(known)
+        _outcome_file(folder).unlink(missing_ok=True)  # of the attempt before
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error.strerror}): give another run.dir") from error
+
+
+def _refuse_changes(folder: Path, old: Config, new: Config) -> None:
+    allowed = new.train.allow_change
+    changes = [
+        (key, before, after)
+        for key, before, after in diff(old, new)
+        if not (key.startswith(FREE_TO_CHANGE) and key not in NOT_FREE)
+        and key not in allowed
+        and key.split(".")[0] not in allowed
+    ]
+    if changes:
+        known = ", ".join(f"{key}={shown(before)} (now {shown(after)})" for key, before, after in changes)
+        raise UserError(
+            f"{folder} belongs to a run with {known}: give this run another run.name or run.dir, or allow the change "
+            f"with train.allow_change=[{','.join(key for key, _, _ in changes)}]"
+        )
 
 
 def _run_rank(config: Config, platform: Platform) -> int:
@@ -133,21 +153,23 @@ def _run_rank(config: Config, platform: Platform) -> int:
 
 
 def _run_torchrun(args: argparse.Namespace, folder: Path) -> int:
-    outcome = folder / "job" / "outcome.json"
-    outcome.unlink(missing_ok=True)  # of the attempt before
     cores = len(os.sched_getaffinity(0))
     environment = {"OMP_NUM_THREADS": str(max(1, cores // args.nproc)), **os.environ}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.nproc}"]
     code = subprocess.call([*command, "-m", "ling", "train", args.config, *args.overrides], env=environment)
     try:
-        reason = json.loads(outcome.read_text())["reason"]
+        reason = json.loads(_outcome_file(folder).read_text())["reason"]
     except (OSError, ValueError, KeyError):
         return 1
     return {"done": 0, "stopped": 75}.get(reason, 1) if code == 0 else 1
 
 
+def _outcome_file(folder: Path) -> Path:
+    return folder / "job" / "outcome.json"
+
+
 def _write_outcome(folder: Path, outcome: dict[str, object]) -> None:
-    path = folder / "job" / "outcome.json"
+    path = _outcome_file(folder)
     path.parent.mkdir(exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(outcome) + "\n")

@@ -90,9 +90,59 @@ def _pipeline(config: Config, world: int | None) -> Iterator[str]:
             "parallel.virtual_pipeline_model_parallel_size: needs pipeline_model_parallel_size > 1; "
             "set it to null, or use more stages"
         )
+    elif parallel.num_layers_per_stage is not None:
+        yield from _layers_per_stage(parallel.num_layers_per_stage, layers, pp * (vpp or 1))
     elif layers % (pp * (vpp or 1)):
         what = f"{pp} pipeline stages" + (f" of {vpp} chunks" if vpp else "")
-        yield f"model.num_layers: {layers} layers do not divide into {what}; change one of them"
+        yield (
+            f"model.num_layers: {layers} layers do not divide into {what}; change one of them, or give the layers of "
+            "each in parallel.num_layers_per_stage"
+        )
+
+
+def _layers_per_stage(counts: list[int], layers: int, chunks: int) -> Iterator[str]:
+    key = "parallel.num_layers_per_stage"
+    if chunks == 1:
+        yield f"{key}: there is one stage only; set it to null, or use pipeline stages"
+    elif len(counts) != chunks:
+        yield f"{key}: has {len(counts)} numbers for {chunks} model chunks (PP x VPP); give one for each"
+    elif min(counts) < 1 or sum(counts) != layers:
+        yield f"{key}: {counts} must be numbers of at least 1 that add up to model.num_layers ({layers})"
+
+
+RECOMPUTABLE = {
+    "core_attn": "any",
+    "layernorm": "any",
+    "activation": "any",
+    "mlp": "dense layers",
+    "moe": "experts",
+    "shared_experts": "shared experts",
+}
+"""What selective recomputation knows, and what the model must have for it."""
+
+
+def _recompute(config: Config, world: int | None) -> Iterator[str]:
+    runtime, model, key = config.runtime, config.model, "runtime.recompute_modules"
+    selective = runtime.recompute_granularity == "selective"
+    if selective and not runtime.recompute_modules:
+        yield f"{key}: selective recomputation needs to know of what; give a list of {', '.join(RECOMPUTABLE)}"
+    if runtime.recompute_modules and not selective:
+        yield f"{key}: is for runtime.recompute_granularity=selective; set that, or empty the list"
+    if runtime.recompute_granularity != "full" and runtime.recompute_num_layers != 1:
+        yield "runtime.recompute_num_layers: is for runtime.recompute_granularity=full; set that, or this to 1"
+    if runtime.recompute_granularity == "full" and model.mtp_num_layers and runtime.recompute_num_layers != 1:
+        yield "runtime.recompute_num_layers: megatron-core recomputes MTP layers one by one only; set it to 1"
+    has = {
+        "any": True,
+        "dense layers": model.num_moe_experts is None or model.first_k_dense_replace > 0,
+        "experts": model.num_moe_experts is not None,
+        "shared experts": model.moe_shared_expert_intermediate_size is not None,
+    }
+    for name in runtime.recompute_modules:
+        if name not in RECOMPUTABLE:
+            yield f"{key}: {name!r} is none of {', '.join(RECOMPUTABLE)}"
+        elif not has[RECOMPUTABLE[name]]:
+            yield f"{key}: {name!r} is of no use, the model has no {RECOMPUTABLE[name]}; remove it"
 
 
 def _context_parallel(config: Config, world: int | None) -> Iterator[str]:
@@ -155,5 +205,6 @@ LAYOUT_RULES = (
     _pipeline,
     _context_parallel,
     _overlap,
+    _recompute,
     _world,
 )

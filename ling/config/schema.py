@@ -95,6 +95,9 @@ class ParallelConfig:
     sequence_parallel: bool = opt(False, "split the sequence between the TP ranks outside the matrices (SP)")
     pipeline_model_parallel_size: int = opt(1, "pipeline stages (PP)", ge=1)
     virtual_pipeline_model_parallel_size: int | None = opt(None, "model chunks per stage (interleaved 1F1B)", ge=2)
+    num_layers_per_stage: list[int] | None = opt(
+        None, "decoder layers of each model chunk, in the order of the model (PP x VPP numbers); null: equal parts"
+    )
     expert_model_parallel_size: int = opt(1, "ranks that share the experts of a layer (EP)", ge=1)
     expert_tensor_parallel_size: int | None = opt(
         None, "ranks that share each expert's matrices (ETP); null: 1 with EP > 1, else TP", ge=1
@@ -179,6 +182,15 @@ class RuntimeConfig:
     platform: str = opt("auto", "where to run", choices=("auto", "cpu", "cuda"))
     attention: str = opt("auto", "core attention", choices=("auto", "sdpa", "flash", "te"))
     grouped_gemm: str = opt("auto", "matrix products of the experts", choices=("auto", "grouped_mm", "loop"))
+    recompute_granularity: str = opt(
+        "none",
+        "compute activations again in the backward pass: full: of whole layers, selective: of recompute_modules",
+        choices=("none", "full", "selective"),
+    )
+    recompute_modules: list[str] = opt(
+        [], "what selective recomputes: core_attn, layernorm, activation, moe, shared_experts, mlp"
+    )
+    recompute_num_layers: int = opt(1, "full: layers between two kept activations", ge=1)
     num_threads: int | None = opt(None, "CPU threads of one rank; null: cores / local ranks", ge=1)
 
 

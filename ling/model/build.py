@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from ling.config.derived import expert_tensor_parallel_size, kv_channels, num_query_groups, padded_vocab_size
 from ling.config.errors import UserError
-from ling.config.schema import Config, ModelConfig
+from ling.config.schema import Config, ModelConfig, RuntimeConfig
 from ling.model import specs
 from ling.model.init import initialize, mark_tensor_parallel
 from ling.parallel import groups
@@ -29,6 +29,8 @@ class LingTransformerConfig(TransformerConfig):
 
     ling: ModelConfig = field(default_factory=ModelConfig)
     operations: dict[str, str] = field(default_factory=dict)
+    recompute_activation: bool = False
+    """Whether the FFNs compute their activation again in the backward pass instead of keeping fc2's input."""
 
 
 class LingModel(GPTModel):
@@ -52,7 +54,12 @@ def transformer_config(config: Config, *, bf16: bool, operations: Mapping[str, s
     Raises:
         UserError: `model.mcore` names a field that TransformerConfig lacks or that `ling` sets, or a value is refused.
     """
-    ours = _fields(config, bf16) | {"ling": config.model, "operations": dict(operations)}
+    ours = _fields(config, bf16) | {
+        "ling": config.model,
+        "operations": dict(operations),
+        "recompute_activation": config.runtime.recompute_granularity == "selective"
+        and "activation" in config.runtime.recompute_modules,
+    }
     extra = config.model.mcore
     known = {entry.name for entry in dataclasses.fields(TransformerConfig)}
     for key in extra:
@@ -94,6 +101,10 @@ def _fields(config: Config, bf16: bool) -> dict[str, Any]:
         "sequence_parallel": parallel.sequence_parallel,
         "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
         "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline_model_parallel_size,
+        # Interleaved stages of PP=2 send to both neighbours, which are one rank: a batch would match them wrongly.
+        "overlap_p2p_comm": parallel.virtual_pipeline_model_parallel_size is not None,
+        "batch_p2p_comm": parallel.virtual_pipeline_model_parallel_size is None,
+        "pipeline_model_parallel_layout": _pipeline_layout(config),
         "context_parallel_size": parallel.context_parallel_size,
         "expert_model_parallel_size": parallel.expert_model_parallel_size,
         "expert_tensor_parallel_size": expert_tensor_parallel_size(parallel),
@@ -101,6 +112,7 @@ def _fields(config: Config, bf16: bool) -> dict[str, Any]:
         "use_cpu_initialization": True,
         "perform_initialization": False,
     }
+    fields |= _recompute_fields(config.runtime)
     if model.num_moe_experts is not None:
         dense = model.first_k_dense_replace
         fields |= {
@@ -117,6 +129,31 @@ def _fields(config: Config, bf16: bool) -> dict[str, Any]:
             "moe_grouped_gemm": True,
         }
     return fields
+
+
+def _pipeline_layout(config: Config) -> list[list[str]] | None:
+    """What each model chunk holds, where `num_layers_per_stage` says so: MTP and loss stand in the last one."""
+    counts = config.parallel.num_layers_per_stage
+    if counts is None:
+        return None
+    layout = [["decoder"] * count for count in counts]
+    layout[0].insert(0, "embedding")
+    layout[-1] += ["mtp"] * config.model.mtp_num_layers + ["loss"]
+    return layout
+
+
+def _recompute_fields(runtime: RuntimeConfig) -> dict[str, Any]:
+    """megatron-core's settings of activation recomputation; `activation` is not among them, the FFNs do that."""
+    if runtime.recompute_granularity == "full":
+        return {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": runtime.recompute_num_layers,
+        }
+    modules = [name for name in runtime.recompute_modules if name != "activation"]
+    if runtime.recompute_granularity == "selective" and modules:
+        return {"recompute_granularity": "selective", "recompute_modules": modules}
+    return {}
 
 
 def check_model_config(config: Config) -> None:

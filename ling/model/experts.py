@@ -15,7 +15,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 
 from ling.activations.module import FFNActivation
-from ling.model.mlp import SharedExperts, config_for, resolved_activation, set_activation_layer
+from ling.model.mlp import SharedExperts, activate_and_project, config_for, resolved_activation, set_activation_layer
 from ling.model.router import LingRouter
 
 CPU_ROW_MULTIPLE = 64
@@ -104,8 +104,11 @@ class GroupedExperts(MegatronModule):
     def _through_experts(
         self, x_TH: torch.Tensor, tokens_per_expert: torch.Tensor, weight_T: torch.Tensor
     ) -> torch.Tensor:
+        def down(activated: torch.Tensor) -> torch.Tensor:
+            return self.linear(activated, self.weight2, tokens_per_expert)
+
         hidden = self.linear(x_TH, self.weight1, tokens_per_expert)
-        return self.linear(self.activation(hidden, weight_T), self.weight2, tokens_per_expert)
+        return activate_and_project(self.config, self.activation, down, hidden, weight_T)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None

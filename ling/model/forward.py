@@ -52,7 +52,7 @@ def loss_sum(
 def take_mtp_loss() -> torch.Tensor | None:
     """Sum over this step's micro-batches of the mean multi-token-prediction loss, and start anew; None without it."""
     tracker = MTPLossLoggingHelper.tracker
-    values = tracker.get("values")
+    values = tracker.get("loss_values", tracker.get("values"))  # the name in megatron-core 0.19, and the one in 0.16
     if values is None:
         return None
     total = values.detach().mean().double()

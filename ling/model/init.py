@@ -34,22 +34,26 @@ _BLOCK_ELEMENTS = 1 << 24  # tensors are drawn in blocks of about so many number
 def mark_tensor_parallel(model: torch.nn.Module) -> None:
     """Set the attributes by which megatron-core knows how a parameter is split over the tensor-parallel ranks.
 
-    megatron-core sets them in its own initialisation, which `ling` does not use; its gradient norm reads them.
+    Its gradient norm reads them. megatron-core 0.16 sets them only in its own initialisation, which is not used here.
     """
     for module in model.modules():
-        if isinstance(module, VocabParallelEmbedding) or (
-            isinstance(module, ColumnParallelLinear) and module.weight is not None
-        ):
-            set_tensor_model_parallel_attributes(module.weight, True, 0, 1)
+        weight = getattr(module, "weight", None)
+        if weight is None or hasattr(weight, "tensor_model_parallel"):
+            continue
+        if isinstance(module, (VocabParallelEmbedding, ColumnParallelLinear)):
+            set_tensor_model_parallel_attributes(weight, True, 0, 1)
         elif isinstance(module, RowParallelLinear):
-            set_tensor_model_parallel_attributes(module.weight, True, 1, 1)
+            set_tensor_model_parallel_attributes(weight, True, 1, 1)
     for module in model.modules():
         if isinstance(module, DenseMLP) and module.config.gated_linear_unit:
             module.linear_fc1.weight.partition_stride = 2  # gate and up are split each on its own
 
 
 def global_names(model: torch.nn.Module) -> dict[str, str]:
-    """Global name of each local parameter name: pipeline stages number their layers from 0, the model does not."""
+    """Global name of each local parameter name, the same on every layout and with every megatron-core.
+
+    Pipeline stages number their layers from 0, the model does not; 0.19 renamed the layer inside an MTP layer.
+    """
     offsets = {
         name: module.layer_number - 1
         for name, module in model.named_modules()
@@ -58,7 +62,8 @@ def global_names(model: torch.nn.Module) -> dict[str, str]:
     names = {}
     for name, _ in model.named_parameters():
         match = re.match(r"decoder\.layers\.\d+", name)
-        names[name] = f"decoder.layers.{offsets[match[0]]}{name[match.end() :]}" if match else name
+        global_name = f"decoder.layers.{offsets[match[0]]}{name[match.end() :]}" if match else name
+        names[name] = global_name.replace(".mtp_model_layer.", ".transformer_layer.")
     return names
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer.mlp import MLP, MLPSubmodules, apply_swiglu_sharded_factory
 from megatron.core.transformer.utils import sharded_state_dict_default
 
@@ -24,6 +26,23 @@ def resolved_activation(model: ModelConfig, kind: str) -> ResolvedActivation:
 def set_activation_layer(activation: FFNActivation, model: ModelConfig, layer_number: int) -> None:
     """Tell an activation its layer, 1-based; MTP layers come after the decoder's and are like its last one."""
     activation.set_layer(min(layer_number, model.num_layers) - 1)
+
+
+def activate_and_project(
+    config: Any,
+    activation: FFNActivation,
+    project: Callable[[torch.Tensor], torch.Tensor],
+    hidden: torch.Tensor,
+    weight: torch.Tensor | None,
+) -> torch.Tensor:
+    """`project(activation(hidden, weight))`; with `recompute_activation` the activation's output is not kept in between
+    but computed again just before the backward pass of the projection, which reads it."""
+    if not (config.recompute_activation and hidden.requires_grad and hidden.numel()):
+        return project(activation(hidden, weight))
+    checkpoint = CheckpointWithoutOutput()
+    output = project(checkpoint.checkpoint(activation, hidden, weight))
+    checkpoint.discard_output_and_register_recompute(output)
+    return output
 
 
 def config_for(config: Any, kind: str, ffn_hidden_size: int) -> Any:
@@ -59,9 +78,12 @@ class DenseMLP(MLP):
 
     def forward(self, hidden_states: torch.Tensor, per_token_scale: Any = None, **kwargs: Any) -> tuple[Any, None]:
         """`[S, B, hidden]` to the same shape, and no bias."""
+
+        def down(activated: torch.Tensor) -> torch.Tensor:
+            return self.linear_fc2(activated)[0]
+
         projected, _ = self.linear_fc1(hidden_states)
-        output, _ = self.linear_fc2(self.activation(projected, per_token_scale))
-        return output, None
+        return activate_and_project(self.config, self.activation, down, projected, per_token_scale), None
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None

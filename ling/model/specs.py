@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from ling.model.attention import FlashAttention, SdpaAttention
+from ling.model.counts import is_moe_layer
 from ling.model.experts import LingMoE
 from ling.model.mlp import DenseMLP
 from ling.model.norm import RMSNorm
@@ -70,11 +71,6 @@ def decoder_spec(config: Any, vp_stage: int | None = None) -> TransformerBlockSu
     return TransformerBlockSubmodules(layer_specs=kinds, layer_norm=RMSNorm)
 
 
-def is_moe_layer(model: Any, layer: int) -> bool:
-    """Whether the 0-based layer has experts."""
-    return model.num_moe_experts is not None and layer >= model.first_k_dense_replace
-
-
 class LingBackend(LocalSpecProvider):
     """What megatron-core's MTP layer asks for: linear layers and norms."""
 
@@ -87,5 +83,5 @@ def mtp_spec(config: Any, vp_stage: int | None = None) -> Any:
     """The multi-token-prediction layers of this rank's chunk (a layer like the decoder's last), or None."""
     if not config.mtp_num_layers:
         return None
-    spec = layer_spec(config, LingMoE if config.ling.num_moe_experts is not None else DenseMLP)
+    spec = layer_spec(config, LingMoE if is_moe_layer(config.ling, config.num_layers - 1) else DenseMLP)
     return get_gpt_mtp_block_spec_for_backend(config, spec, backend=LingBackend(), vp_stage=vp_stage)

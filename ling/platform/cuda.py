@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from ling.platform import megatron
@@ -20,6 +22,8 @@ class CudaPlatform:
     def start(self, local_rank: int, num_threads: int | None = None) -> None:
         """Take GPU number `local_rank`."""
         self._local_rank = local_rank
+        # megatron-core overlaps communication and compute by the order of kernels in one queue (before Blackwell).
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         torch.cuda.set_device(local_rank)
         if num_threads is not None:
             torch.set_num_threads(num_threads)

@@ -50,7 +50,7 @@ def installed_version() -> str | None:
 
 
 def check_version() -> None:
-    """Refuse a megatron-core that `ling` was not proved with.
+    """Import megatron-core, refusing one that `ling` was not proved with.
 
     Raises:
         UserError: not installed, too old or too new.
@@ -60,6 +60,18 @@ def check_version() -> None:
         _quiet_import(name)
     if not OLDEST <= found < TOO_NEW:
         raise unsupported("this version was never tried")
+    mend_norm_recompute()
+
+
+def mend_norm_recompute() -> None:
+    """Let megatron-core recompute norms without Transformer Engine.
+
+    Its `CheckpointWithoutOutput(fp8=False)` takes False for "FP8 is on" (it asks `fp8 is not None`), as its own layers
+    call it, and then calls a Transformer Engine that is not there (0.16.1). None says what False means.
+    """
+    random = _quiet_import("megatron.core.tensor_parallel.random")
+    if not random.HAVE_TE:
+        random.CheckpointWithoutOutput.__init__.__defaults__ = (None,)
 
 
 def unsupported(why: str) -> UserError:
