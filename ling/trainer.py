@@ -110,10 +110,7 @@ class Trainer:
         self.optimizer.zero_grad()
         reports = self._run_microbatches(batches, self.num_microbatches)
         losses = self._reduce(reports, take_mtp_loss())
-        # megatron-core computes the norm as a part of clipping only
-        norm_alone = None if config.optim.clip_grad else self.optimizer.get_grad_norm()
-        _, clipped_norm, _ = self.optimizer.step()
-        grad_norm = clipped_norm if norm_alone is None else norm_alone
+        _, grad_norm, _ = self.optimizer.step()
         self.step += 1
         self.consumed_samples += train.global_batch_size
         if not (math.isfinite(losses["loss"]) and math.isfinite(grad_norm)):
