@@ -151,6 +151,7 @@ class Trainer:
 
     def save(self) -> Path:
         """Write the checkpoint of this step."""
+        self.gather_parameters()
         folder = checkpoint_folder.step_folder(self.run_dir, self.step)
         manifest = checkpoint_folder.Manifest(
             step=self.step,
@@ -163,6 +164,12 @@ class Trainer:
         sharded.save(folder, self.chunks, self.optimizer, manifest, Path(self.config.data.tokenizer))
         self._print(f"saved {folder}")
         return folder
+
+    def gather_parameters(self) -> None:
+        """Complete the weights: with overlap the next forward pass would gather what other ranks have updated."""
+        if self.config.parallel.overlap_param_gather:
+            for chunk in self.chunks:
+                chunk.start_param_sync(force_sync=True)
 
     def load(self, folder: Path) -> None:
         """Continue from a checkpoint of this run."""

@@ -38,8 +38,11 @@ def pytest_pyfunc_call(pyfuncitem):
         return None
     pool = pyfuncitem.funcargs["ranks"]
     arguments = {name: pyfuncitem.funcargs[name] for name in inspect.signature(pyfuncitem.function).parameters}
+    problem = None
     try:
         pool.run(marker.args[0], pyfuncitem.function, **arguments)
     except RankError as error:
-        pytest.fail(str(error), pytrace=False)
+        problem = str(error)
+    if problem is not None:  # outside of the handler: the text has the traceback already
+        pytest.fail(problem, pytrace=False)
     return True

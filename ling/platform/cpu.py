@@ -210,6 +210,8 @@ def adapt_megatron() -> None:
         UserError: megatron-core is missing or unsupported, or a replaced name is not where it was.
     """
     shield_megatron_import()
+    with torch.device(CPU):  # at its first use such a context notes which functions make tensors: the true ones
+        torch.empty(0)
     for entry in REPLACED_IN_TORCH:
         _replace(entry)
     with _eager_decorators():

@@ -24,8 +24,8 @@ def version() -> tuple[int, ...]:
     try:
         package_info = _quiet_import("megatron.core.package_info")
     except ModuleNotFoundError as error:
-        missing = error.name or ""
-        if missing.startswith("megatron"):
+        missing = (error.name or "").split(".")[0]
+        if missing == "megatron":
             raise UserError(f"megatron-core is not installed; pip install '{REQUIREMENT}'") from None
         raise UserError(f"megatron-core needs {missing}, which is not installed; pip install {missing}") from None
     return tuple(int(part) for part in package_info.VERSION[:3])

@@ -30,7 +30,9 @@ def choose(runtime: RuntimeConfig, platform_name: str) -> dict[str, Choice]:
         _attention(runtime.attention, platform_name),
         _experts(runtime.grouped_gemm),
         Choice("linear", "torch", "megatron-core's tensor-parallel linear layers"),
-        Choice("norm", "torch", "ling's RMSNorm on torch's rms_norm"),
+        Choice(
+            "norm", "torch", "torch's fused rms_norm" if platform_name == "cuda" else "ling's RMSNorm, in eager torch"
+        ),
         Choice("activation", "reference", "reference math, recomputed in the backward pass"),
         _optimizer(),
     ]

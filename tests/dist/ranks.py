@@ -1,4 +1,4 @@
-"""The ranks of the tests' worlds: processes that are started when first needed and serve the whole test session.
+"""The ranks of the tests' worlds: processes that are started when first needed and serve the whole test run.
 
 Starting a rank means importing torch and megatron-core, which takes seconds; joining a world takes milliseconds. So the
 processes stay, and every call joins as many of them as it asks for to a new world.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -61,9 +61,10 @@ DENSE = replace(
 RUN = Config(
     model=MOE,
     data=DataConfig(train="none", tokenizer="none", sequence_length=SEQUENCE_LENGTH),
-    optim=OptimConfig(lr=1e-3, lr_decay_style="constant"),
+    # Adam divides by the size of a gradient: without a floor, one that is all rounding error would count like any other
+    optim=OptimConfig(lr=1e-3, lr_decay_style="constant", adam_eps=1e-5),
     precision=PrecisionConfig(recipe="fp32"),
-    train=TrainConfig(train_iters=100, micro_batch_size=2, global_batch_size=8),
+    train=TrainConfig(train_iters=100, micro_batch_size=2, global_batch_size=4),
 )
 
 
@@ -188,9 +189,14 @@ class Outcome:
     router_biases: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
-def train_losses(config: Config, steps: int) -> Outcome:
-    """Train a tiny run for some steps on this rank of the world, and say how it went."""
+def train_losses(config: Config, steps: int, change: Callable[[Trainer], None] | None = None) -> Outcome:
+    """Train a tiny run for some steps on this rank of the world, and say how it went.
+
+    `change`, a function of a module, may do something to the trainer first.
+    """
     trainer = build_trainer(config)
+    if change is not None:
+        change(trainer)
     outcome = Outcome(Place.here())
     batches = batches_of(trainer)
     for _ in range(steps):
@@ -198,6 +204,7 @@ def train_losses(config: Config, steps: int) -> Outcome:
         outcome.losses.append(record["loss"])
         outcome.mtp_losses.append(record.get("mtp_loss", 0.0))
         outcome.grad_norms.append(record["grad_norm"])
+    trainer.gather_parameters()
     for chunk in bare_chunks(trainer):
         weights, biases = global_state(chunk)
         outcome.weights |= weights

@@ -25,7 +25,7 @@ def test_step_line():
 def test_flops_and_mfu_only_when_known():
     assert "MFU" not in step_line({**RECORD, "mfu": None, "tflops_per_device": None}, 400)
     line = step_line({**RECORD, "mfu": 0.4213, "tflops_per_device": 416.7}, 400)
-    assert "| 416.7 TFLOP/s | MFU 42.1% |" in line
+    assert "| 417 TFLOP/s | MFU 42.1% |" in line
 
 
 @pytest.mark.parametrize("key", [*RECORD, None])
