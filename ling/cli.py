@@ -78,7 +78,7 @@ def _run(name: str, argv: list[str]) -> int:
     # torch renames collectives that megatron-core calls by their old names
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
     module = importlib.import_module(module_name)
-    parser = _Parser(prog=f"ling {name}", description=module.__doc__ or summary, allow_abbrev=False)
+    parser = _Parser(prog=f"ling {name}", description=(module.__doc__ or summary).split("\n\n")[0], allow_abbrev=False)
     module.add_arguments(parser)
     args, extra = parser.parse_known_args(argv)
     # argparse stops collecting overrides at the first option; those after it are overrides too

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ling.config import Config
 from ling.config.derived import data_parallel_size, expert_tensor_parallel_size, run_dir
 from ling.config.report import non_default_values, shown, to_dict
+from ling.config.rules import config_warnings
 from ling.parallel import groups
 from ling.platform import Platform
 from ling.platform.select import Choice, choose
@@ -101,4 +102,5 @@ def _banner(config: Config, world: groups.World, platform: Platform, choices: li
         changes=[
             f"{key} = {shown(value)} (default {shown(default)})" for key, value, default in non_default_values(config)
         ],
+        notes=config_warnings(config),
     )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from ling.commands import add_config_arguments, positive_int
 from ling.config import Config, UserError, check_config, load_config
 from ling.config.derived import run_dir
+from ling.config.load import from_dict
 from ling.config.report import diff, save_config, shown
 
 if TYPE_CHECKING:
@@ -103,6 +104,7 @@ def _claim_folder(config: Config) -> None:
     try:
         if known.is_file():
             _refuse_changes(folder, load_config(known), config)
+            _check_checkpoint(folder, config)
         elif folder.exists() and (not folder.is_dir() or any(path != partial for path in folder.iterdir())):
             raise UserError(f"{folder} is not empty and no run of ling: give another run.name or run.dir, or empty it")
         folder.mkdir(parents=True, exist_ok=True)
@@ -127,6 +129,27 @@ def _refuse_changes(folder: Path, old: Config, new: Config) -> None:
         raise UserError(
             f"{folder} belongs to a run with {known}: give this run another run.name or run.dir, or allow the change "
             f"with train.allow_change=[{','.join(key for key, _, _ in changes)}]"
+        )
+
+
+def _check_checkpoint(folder: Path, config: Config) -> None:
+    """See that the checkpoint which this start will resume from is whole, and loads on this layout."""
+    from ling.checkpoint.folder import newest, read_manifest
+
+    checkpoint = newest(folder)
+    if checkpoint is None:
+        return
+    old, new = from_dict(read_manifest(checkpoint).config, str(checkpoint)).parallel, config.parallel
+    if (old.expert_model_parallel_size > 1) != (new.expert_model_parallel_size > 1):
+        raise UserError(
+            f"{checkpoint} was saved with parallel.expert_model_parallel_size={old.expert_model_parallel_size}: the "
+            "optimizer cannot go from expert parallelism to none or back yet; resume with "
+            + ("more than 1" if old.expert_model_parallel_size > 1 else "1")
+        )
+    if old.use_distributed_optimizer != new.use_distributed_optimizer:
+        was = shown(old.use_distributed_optimizer)
+        raise UserError(
+            f"{checkpoint} was saved with parallel.use_distributed_optimizer={was}, and loads with that only; set it so"
         )
 
 

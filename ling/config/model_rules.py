@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from ling.config.derived import kv_channels, num_query_groups
 from ling.config.errors import UserError
 from ling.config.keys import ACTIVATION_KEYS
-from ling.config.schema import Config, ModelConfig, ParallelConfig, PrecisionConfig
+from ling.config.schema import Config, ModelConfig, ParallelConfig, PrecisionConfig, RuntimeConfig
 
 # Fields of TransformerConfig that follow from other settings than one of the same name.
 _SET_BY_LING = {
@@ -32,6 +32,21 @@ _SET_BY_LING = {
     "params_dtype": "precision.recipe",
     "pipeline_dtype": "precision.recipe",
 }
+_WITHOUT_EFFECT = {
+    "moe_expert_capacity_factor": "ling's router drops no tokens",
+    "moe_pad_expert_input_to_capacity": "ling's router drops no tokens",
+    "moe_input_jitter_eps": "ling's router adds no noise",
+    "moe_router_force_load_balancing": "ling's router chooses by score",
+    "layernorm_zero_centered_gamma": "ling's RMSNorm has no such form",
+    "window_size": "ling's attention has no window",
+    "multi_latent_attention": "ling's attention is grouped-query",
+}
+_BRANCHES = (
+    ("model", ModelConfig),
+    ("parallel", ParallelConfig),
+    ("precision", PrecisionConfig),
+    ("runtime", RuntimeConfig),
+)
 _MOE_ONLY = (
     "moe_ffn_hidden_size",
     "moe_shared_expert_intermediate_size",
@@ -123,7 +138,7 @@ def _activations(config: Config, world: int | None) -> Iterator[str]:
     for name in ACTIVATION_KEYS:
         spec = getattr(config.model, name)
         if spec is None and name == "activation":
-            yield "model.activation: is null; give a name such as powlu or swiglu (`ling activations` lists them)"
+            yield "model.activation: is null; give a name such as powlu or swiglu (docs/model.md has them all)"
         elif spec is not None:
             try:
                 resolve(spec, f"model.{name}", config.model.num_layers)
@@ -132,16 +147,14 @@ def _activations(config: Config, world: int | None) -> Iterator[str]:
 
 
 def _mcore(config: Config, world: int | None) -> Iterator[str]:
-    homes = {
-        field.name: f"{branch}.{field.name}"
-        for branch, cls in (("model", ModelConfig), ("parallel", ParallelConfig), ("precision", PrecisionConfig))
-        for field in dataclasses.fields(cls)
-    }
+    homes = {field.name: f"{branch}.{field.name}" for branch, cls in _BRANCHES for field in dataclasses.fields(cls)}
     for name in config.model.mcore:
         if name in homes:
             yield f"model.mcore.{name}: is a setting of its own; set {homes[name]} instead"
         elif name in _SET_BY_LING:
             yield f"model.mcore.{name}: follows from {_SET_BY_LING[name]}; remove it"
+        elif name in _WITHOUT_EFFECT:
+            yield f"model.mcore.{name}: would have no effect, {_WITHOUT_EFFECT[name]}; remove it"
 
 
 MODEL_RULES = (_heads, _layers, _dense_model, _experts, _activations, _mcore)

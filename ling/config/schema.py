@@ -54,7 +54,7 @@ class ModelConfig:
     qk_layernorm: bool = opt(True, "RMSNorm on every query and key head, before RoPE")
     layernorm_epsilon: float = opt(1e-6, "epsilon of every RMSNorm", gt=0)
 
-    activation: Any = opt("powlu", "FFN activation: a name, or {name: powlu, m: 3.0}; `ling activations` lists them")
+    activation: Any = opt("powlu", "FFN activation: a name, or {name: powlu, m: 3.0}; see docs/model.md")
     dense_activation: Any = opt(None, "activation of the dense FFNs; null: model.activation")
     shared_activation: Any = opt(None, "activation of the shared experts; null: model.activation")
     routed_activation: Any = opt(None, "activation of the routed experts; null: model.activation")
@@ -163,7 +163,7 @@ class TrainConfig:
 
 @dataclass
 class CheckpointConfig:
-    save_interval: int = opt(0, "save every so many steps; 0: only at the end", ge=0)
+    save_interval: int = opt(500, "save every so many steps; 0: only at the end", ge=0)
 
 
 @dataclass

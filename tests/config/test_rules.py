@@ -52,7 +52,7 @@ def p(**sizes: int | str) -> list[str]:
         (dense("optim.lr_decay_style=WSD", "optim.lr_wsd_decay_iters=380"), None),
         (dense("optim.lr_decay_style=constant", "optim.lr_warmup_iters=400"), None),
         (dense("data.train=[a/train, {path: b/train, weight: 2, name: b}]", "data.valid=[a/valid, b/valid]"), None),
-        (dense("model.activation=gelu", "model.mcore.recompute_granularity=full"), None),
+        (dense("model.activation=gelu", "model.mcore.deallocate_pipeline_outputs=true"), None),
     ],
 )
 def test_what_fits_passes(config, world):
@@ -93,6 +93,32 @@ WRONG = [
     (dense("model.mcore.num_layers=5"), None, "set model.num_layers instead"),
     (dense("model.mcore.sequence_parallel=true"), None, "set parallel.sequence_parallel instead"),
     (dense("model.mcore.gated_linear_unit=true"), None, "follows from model.activation"),
+    (dense("model.mcore.recompute_granularity=full"), None, "set runtime.recompute_granularity instead"),
+    (dense("model.mcore.window_size=[128,0]"), None, "would have no effect"),
+    (dense("runtime.recompute_granularity=selective"), None, "needs to know of what"),
+    (dense("runtime.recompute_modules=[core_attn]"), None, "runtime.recompute_granularity=selective"),
+    (
+        dense("runtime.recompute_granularity=selective", "runtime.recompute_modules=[moe]"),
+        None,
+        "the model has no experts",
+    ),
+    (
+        dense("runtime.recompute_granularity=selective", "runtime.recompute_modules=[attention]"),
+        None,
+        "is none of core_attn",
+    ),
+    (dense("runtime.recompute_num_layers=2"), None, "is for runtime.recompute_granularity=full"),
+    (dense("parallel.num_layers_per_stage=[4]"), None, "there is one stage only"),
+    (
+        dense("parallel.pipeline_model_parallel_size=2", "parallel.num_layers_per_stage=[1,2]"),
+        None,
+        "add up to model.num_layers",
+    ),
+    (
+        dense("parallel.pipeline_model_parallel_size=2", "parallel.num_layers_per_stage=[1,1,2]"),
+        None,
+        "3 numbers for 2 model chunks",
+    ),
     # tensor parallel
     (
         dense(*p(tp=3), "model.num_query_groups=null", "model.vocab_size=3072"),
