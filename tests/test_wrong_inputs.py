@@ -246,10 +246,10 @@ DATA = [
 TOKENIZER = [
     Case("tokenizer: no input", ["tokenizer", "train", "--vocab-size", "300", "--output", "out"], "required: --input"),
     tokenizer_case("missing input", "--input none.txt", "none.txt: no such file; check the path given with --input"),
-    tokenizer_case("vocabulary in words", "--vocab-size big", "--vocab-size: invalid int value"),
+    tokenizer_case("vocabulary in words", "--vocab-size big", "a whole number of at least 1"),
     tokenizer_case("small vocabulary", "--vocab-size 100", "cannot train 100 tokens on this input"),
     tokenizer_case("large vocabulary", "--vocab-size 9000", "cannot train 9000 tokens on this input"),
-    tokenizer_case("negative vocabulary", "--vocab-size -5", "cannot train -5 tokens on this input"),
+    tokenizer_case("negative vocabulary", "--vocab-size -5", "a whole number of at least 1"),
     tokenizer_case("output is there", "--output data", "data exists already: choose another --output"),
     tokenizer_case("output below a file", "--vocab-size 270 --output run.yaml/out", "run.yaml/out cannot be written"),
     tokenizer_case("type", "--type word", "invalid choice: 'word'"),

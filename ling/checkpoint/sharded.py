@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import queue
 import shutil
 import warnings
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.validation import StrictHandling
 
 from ling.checkpoint.folder import Manifest, copy_tokenizer, write_manifest
@@ -55,6 +57,9 @@ def save(folder: Path, chunks: list[Any], optimizer: Any, manifest: Manifest, to
     state = dict(model_state)
     if optimizer is not None:
         state["optimizer"] = _optimizer_state(optimizer, model_state, is_loading=False)
+    # The writer reports to the process that saves. megatron-core's own queue lives in a server process, which outlives
+    # a killed rank and keeps its output open.
+    filesystem_async._results_queue = queue.Queue()
     with _quiet():
         dist_checkpointing.save(state, str(partial), ("torch_dist", 1))
     dist.barrier()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ling.commands import positive_int
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `ling tokenizer`."""
@@ -13,7 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument(
         "--input", nargs="+", required=True, type=Path, metavar="FILE", help="text or JSONL, plain or .gz"
     )
-    train.add_argument("--vocab-size", type=int, required=True, help="tokens, the 256 bytes and special ones included")
+    train.add_argument(
+        "--vocab-size", type=positive_int, required=True, help="tokens, the 256 bytes and special ones included"
+    )
     train.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write; must not exist")
     train.add_argument("--type", choices=("bpe", "unigram"), default="bpe", help="algorithm (default: bpe)")
     train.add_argument("--field", default="text", help="field of the text in JSONL (default: text)")

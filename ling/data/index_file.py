@@ -63,7 +63,7 @@ def read_index(prefix: str) -> Index:
     idx, bin_ = Path(prefix + ".idx"), Path(prefix + ".bin")
     for file in (idx, bin_):
         if not file.is_file():
-            hint = f" (give the prefix without {idx.suffix})" if prefix.endswith((".bin", ".idx")) else ""
+            hint = f" (give the prefix without {prefix[-4:]})" if prefix.endswith((".bin", ".idx")) else ""
             raise UserError(
                 f"data {prefix}: {file} is missing{hint}; make it with `ling data prepare --output {prefix}`"
             )

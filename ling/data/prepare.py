@@ -5,6 +5,7 @@ The files' bytes depend on the input, the tokenizer and the options, never on th
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -146,7 +147,8 @@ def prepare(
         raise UserError(f"{output} cannot be written ({error.strerror or error})") from error
     finally:
         for suffix in (".json", ".bin", ".idx"):
-            Path(partial + suffix).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                Path(partial + suffix).unlink(missing_ok=True)
     return counts
 
 

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -251,6 +252,8 @@ def _train(sentences: Iterator[str], options: dict[str, Any]) -> bytes:
         raise raised[0]
     if failure:
         reason = str(failure).splitlines()[-1].split("] ", 1)[-1]
+        # its advice names options of its own command
+        reason = re.sub(r"Increase vocab_size .*", "Give a larger --vocab-size.", reason)
         raise UserError(
             f"SentencePiece cannot train {options['vocab_size']} tokens on this input: {reason}"
         ) from failure

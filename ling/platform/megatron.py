@@ -56,10 +56,10 @@ def check_version() -> None:
         UserError: not installed, too old or too new.
     """
     found = version()
-    for name in ("megatron.core.models.gpt", "megatron.core.optimizer"):
-        _quiet_import(name)
     if not OLDEST <= found < TOO_NEW:
         raise unsupported("this version was never tried")
+    for name in ("megatron.core.models.gpt", "megatron.core.optimizer"):
+        _quiet_import(name)
     mend_norm_recompute()
 
 

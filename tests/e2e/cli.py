@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -54,8 +53,8 @@ def start(*argv: str, cwd: Path, **environment: str) -> subprocess.Popen[str]:
 
 
 def kill(process: subprocess.Popen[str]) -> None:
-    """End what `start` started as a machine does that fails: at once, with all that it has started."""
-    os.killpg(process.pid, signal.SIGKILL)
+    """End what `start` started at once, it alone: nothing that it has started may go on and hold its outputs open."""
+    process.kill()
     process.communicate(timeout=TIMEOUT_S)
 
 

@@ -128,7 +128,8 @@ def test_fields_of_megatron_core():
     for mcore, complaint in (
         ({"no_such_field": 1}, "no_such_field: megatron-core's TransformerConfig has no such field"),
         ({"hidden_dropout": 0.1}, "hidden_dropout: ling sets this field itself"),
-        ({"recompute_granularity": "everything"}, "megatron-core refuses this model: .*recompute"),
+        ({"cpu_offloading": True, "cpu_offloading_num_layers": 9}, "megatron-core refuses this model: .*offloading"),
     ):
+        config = tiny_config(model=replace(MOE, mcore=mcore))
         with pytest.raises(UserError, match=complaint):
-            build_single(tiny_config(model=replace(MOE, mcore=mcore)))
+            build_single(config)
