@@ -120,6 +120,10 @@ def build_single(config: Config, device: str = "cpu", seed: int | None = None) -
 
 def build_trainer(config: Config, run_dir: Path = Path("none"), **settings: Any) -> Trainer:
     """A Trainer of the config on this rank, on synthetic tokens; `settings` are further fields of it."""
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+    # a backward pass outside the schedules leaves a scale behind whose shape they cannot use
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None
     groups.build_groups(config.parallel)
     groups.seed_random_states(config.run.seed)
     platform, world = get_platform("cpu"), groups.World.from_environment()
