@@ -161,7 +161,7 @@ def test_damaged_files_are_recognised(tmp_path, prefix, tokenizer):
 
     assert check_prefix(str(copy("good")), tokenizer.fingerprint).num_documents == 300
     refused(copy("good"), "prepared with another tokenizer", "0" * 32)
-    refused(f"{tmp_path}/good.bin", r"give the prefix without .idx")
+    refused(f"{tmp_path}/good.bin", r"give the prefix without .bin")
     for suffix in (".bin", ".idx"):
         copy("missing").with_suffix(suffix).unlink()
         refused(tmp_path / "missing", f"missing{suffix} is missing")
