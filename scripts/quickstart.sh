@@ -62,7 +62,7 @@ done
 
 step "training: $run (configs/runs/tiny_moe.yaml on 2 ranks with expert parallelism)"
 ling train configs/runs/tiny_moe.yaml --nproc 2 "run.name=${run#runs/}" "data.train=$data/train" \
-    "data.valid={$corpus: $data/valid}" "data.tokenizer=$data/tokenizer" ${overrides[@]+"${overrides[@]}"}
+    "data.valid=[{path: $data/valid, name: $corpus}]" "data.tokenizer=$data/tokenizer" ${overrides[@]+"${overrides[@]}"}
 
 step "evaluation on held-out text"
 ling eval "$run" --data "$data/valid"
