@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print loss, perplexity and bits per byte of each source."""
     from ling.config.derived import data_sources
-    from ling.data.datasets import SampleStream
+    from ling.data.datasets import build_valid_streams
     from ling.data.index_file import check_prefix, read_side_file
     from ling.data.tokenizer import load_tokenizer
     from ling.platform import get_platform
@@ -38,21 +39,13 @@ def run(args: argparse.Namespace) -> int:
 
     folder, manifest, config = saved_config(args.checkpoint, args.device)
     tokenizer = load_tokenizer(folder / "tokenizer")
-    streams, side_files = {}, {}
+    side_files = {}
     for source in data_sources(args.data, "--data"):
         check_prefix(source.path, tokenizer.fingerprint)
         side_files[source.path] = read_side_file(source.path)
-        streams[source.path] = SampleStream(
-            [source],
-            tokenizer.eos_id,
-            config.data.sequence_length,
-            config.run.seed,
-            shuffle=False,
-            repeat=False,
-            vocab_size=config.model.vocab_size,
-            reset_attention_mask=config.data.reset_attention_mask,
-            eod_mask_loss=config.data.eod_mask_loss,
-        )
+    config.data.tokenizer = str(folder / "tokenizer")
+    config.data.valid = [{"path": path, "name": path} for path in side_files]
+    streams = build_valid_streams(config)
     model = restore_model(folder, config, platform)
     results = {}
     for path, stream in streams.items():
@@ -73,10 +66,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _evaluate(model: Any, stream: SampleStream, batch_size: int, max_samples: int | None) -> dict[str, float]:
-    import sys
-
-    import torch
-
+    from ling.data.datasets import stack
     from ling.model.inference import token_losses
 
     device = next(model.parameters()).device
@@ -85,7 +75,7 @@ def _evaluate(model: Any, stream: SampleStream, batch_size: int, max_samples: in
     loss_sum, tokens = 0.0, 0
     for first in range(0, count, batch_size):
         samples = [stream.sample(i) for i in range(first, min(first + batch_size, count))]
-        batch = {key: torch.stack([torch.as_tensor(s[key]) for s in samples]).to(device) for key in samples[0]}
+        batch = {key: value.to(device) for key, value in stack(samples).items()}
         mask = batch["loss_mask"].double()
         loss_sum += float((token_losses(model, batch).double() * mask).sum())
         tokens += int(mask.sum())

@@ -291,7 +291,7 @@ class _ByNumber:
 
 def _read(stream: SampleStream, places: _Places) -> Iterator[dict[str, torch.Tensor]]:
     for numbers in places:
-        yield _stack([stream.sample(i) for i in numbers])
+        yield stack([stream.sample(i) for i in numbers])
 
 
 def _read_ahead(stream: SampleStream, places: _Places, num_workers: int) -> Iterator[dict[str, torch.Tensor]]:
@@ -302,13 +302,14 @@ def _read_ahead(stream: SampleStream, places: _Places, num_workers: int) -> Iter
         _ByNumber(stream),  # type: ignore[arg-type]
         batch_sampler=places,  # type: ignore[arg-type]
         num_workers=num_workers,
-        collate_fn=_stack,
+        collate_fn=stack,
         generator=torch.Generator(),  # its own: the loader must not draw from the run's
     )
     return iter(loader)
 
 
-def _stack(samples: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
+def stack(samples: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
+    """Samples of a stream as one batch of CPU tensors, `[B, S]` each."""
     import torch
 
     return {key: torch.from_numpy(np.stack([sample[key] for sample in samples])) for key in samples[0]}
