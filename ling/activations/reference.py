@@ -1,70 +1,62 @@
-"""Reference math of every activation of the registry, in plain torch.
+"""How the registry's math is called: fc1's output, scalars and row statistics to the arguments of one function.
 
-Shape legend: T: tokens (any leading dimensions), F: width of the FFN. gate_TF and up_TF are the two halves of fc1's
-output, x_TF the output of an un-gated fc1.
-
-All math runs in fp32, whatever the storage type (float64 stays float64), and the result has the input's dtype.
-Autograd goes through every function without a NaN at any finite input. Parameters have no defaults here: those stand
-in the registry. A limit that is off arrives as infinity.
+Nothing is widened or rounded here. Torch-free: tensor methods only.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+from ling.activations.table import Activation
 
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-def powlu(gate_TF: Tensor, up_TF: Tensor, *, m: float) -> Tensor:
-    """f(g) * u with f(x) = x^(m/(sqrt(x)+1)) sigmoid(x) for x > 0, SiLU(x) else (arXiv 2605.25704)."""
-    g_TF, u_TF = _wide(gate_TF), _wide(up_TF)
-    positive_TF = g_TF > 0
-    # `where` differentiates the branch that it does not select too, so that one must be finite; and below the smallest
-    # normal number the derivative of the logarithm overflows
-    tiny = torch.finfo(g_TF.dtype).tiny
-    safe_TF = torch.where(positive_TF, g_TF, 1.0).clamp(min=tiny)
-    exponent_TF = m / (safe_TF.sqrt() + 1)
-    power_TF = torch.exp2(exponent_TF * torch.log2(safe_TF))
-    f_TF = torch.where(positive_TF, power_TF, g_TF) * torch.sigmoid(g_TF)
-    return (f_TF * u_TF).to(gate_TF.dtype)
+class WholeRows:
+    """What row-wise math asks of the rows `[..., F]` that its input is a part of; here the input is the whole row.
+
+    Where tensor-parallel ranks share a row, an object with the same methods takes its place, which reduces over them.
+    `sum` adds statistics of the ranks up, `gather` stacks them as `[ranks, ...]`; neither is differentiable.
+    """
+
+    rank, size = 0, 1
+    sum = gather = None
+
+    def mean(self, x: Tensor) -> Tensor:
+        """The mean over each row, `[..., 1]`."""
+        return x.mean(-1, keepdim=True)
+
+    def largest(self, x: Tensor, k: int) -> Tensor:
+        """Whether an element is among the k largest of its row, `[..., F]`; of equal ones the first by index are."""
+        order = x.argsort(dim=-1, descending=True, stable=True)
+        return order.argsort(dim=-1) < k
 
 
-def swiglu(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
-    """SiLU(g) * u (arXiv 2002.05202)."""
-    g_TF, u_TF = _wide(gate_TF), _wide(up_TF)
-    return (g_TF * torch.sigmoid(g_TF) * u_TF).to(gate_TF.dtype)
+def phi(
+    activation: Activation,
+    x: Tensor,
+    params: Mapping[str, Any],
+    scalars: Tensor | None = None,
+    rows: Any = None,
+) -> Tensor:
+    """An activation of fc1's output, by its reference math, in x's dtype.
 
+    Args:
+        activation: a row of the registry.
+        x: `[..., 2F]` (gate ‖ up) if gated, else `[..., F]`.
+        params: hyper-parameters of the layer, as `ResolvedActivation.for_layer` gives them.
+        scalars: 1-D, in x's dtype; needed where the row has learnable ones.
+        rows: row statistics where F is a shard; None: WholeRows.
 
-def swiglu_clip(gate_TF: Tensor, up_TF: Tensor, *, limit: float, alpha: float, beta: float) -> Tensor:
-    """g' sigmoid(alpha g') (u' + beta), g' = min(g, limit), u' = clip(u, -limit, limit): clamped before the SiLU."""
-    # the gradient is 1 on the limit itself
-    g_TF = _wide(gate_TF).clamp(max=limit)
-    u_TF = _wide(up_TF).clamp(min=-limit, max=limit)
-    return (g_TF * torch.sigmoid(alpha * g_TF) * (u_TF + beta)).to(gate_TF.dtype)
-
-
-def gelu(x_TF: Tensor) -> Tensor:
-    """x Phi(x), the exact GELU (arXiv 1606.08415)."""
-    wide_TF = _wide(x_TF)
-    # erfc keeps the relative accuracy of the left tail, where 1 + erf cancels
-    return (0.5 * wide_TF * torch.erfc(wide_TF * -math.sqrt(0.5))).to(x_TF.dtype)
-
-
-def relu2(x_TF: Tensor) -> Tensor:
-    """max(0, x)^2 (arXiv 2109.08668)."""
-    return _wide(x_TF).relu().square().to(x_TF.dtype)
-
-
-REFERENCE: dict[str, Callable[..., Tensor]] = {
-    "powlu": powlu,
-    "swiglu": swiglu,
-    "swiglu_clip": swiglu_clip,
-    "gelu": gelu,
-    "relu2": relu2,
-}
+    Returns:
+        `[..., F]`
+    """
+    inputs = x.chunk(2, dim=-1) if activation.gated else (x,)
+    named = dict(params)
+    if activation.learnable:
+        named["scalars"] = scalars
+    if activation.rowwise:
+        named["rows"] = WholeRows() if rows is None else rows
+    return activation.math(*inputs, **named)

@@ -19,6 +19,7 @@ from ling.config.errors import UserError
 from ling.config.schema import Config, ModelConfig, RuntimeConfig
 from ling.model import specs
 from ling.model.init import initialize, mark_tensor_parallel
+from ling.model.scalars import sharded_global_scalars, share_global_scalars
 from ling.parallel import groups
 from ling.platform import Platform
 
@@ -34,13 +35,47 @@ class LingTransformerConfig(TransformerConfig):
 
 
 class LingModel(GPTModel):
-    """GPTModel that gives logits without labels also when it has multi-token-prediction layers."""
+    """GPTModel that gives logits without labels also when it has multi-token-prediction layers.
+
+    Its checkpoints are the same for every backend: the extra state of Transformer Engine's layers stays out. It is
+    empty but for delayed scaling in FP8, which is not offered.
+    """
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """megatron-core's description of this rank's part of the checkpointed tensors."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        state = {key: value for key, value in state.items() if not is_extra_state(key)}
+        return state | sharded_global_scalars(self, prefix, metadata)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As torch's, where no extra state is missed."""
+        missing, unexpected = super().load_state_dict(state_dict, strict=False, assign=assign)
+        missing = [key for key in missing if not is_extra_state(key)]
+        if strict and (missing or unexpected):
+            raise RuntimeError(f"state dict does not fit the model: missing {missing}, unexpected {unexpected}")
+        return torch.nn.modules.module._IncompatibleKeys(missing, unexpected)
+
+    rotary_by_position = False
+    """Whether rotary embeddings follow `position_ids`, which megatron-core's do not look at."""
+
+    def _preprocess(self, input_ids: torch.Tensor, position_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        decoder_input, rotary_S11D, *others = super()._preprocess(input_ids, position_ids, *args, **kwargs)
+        if self.rotary_by_position:
+            rotary_S11D = rotary_S11D[position_ids.t()].squeeze(2)  # now one for each sequence: [S, B, 1, D]
+        return decoder_input, rotary_S11D, *others
 
     def _postprocess(self, hidden_states: torch.Tensor, *args: Any, labels: Any = None, **kwargs: Any) -> torch.Tensor:
         if labels is None and self.post_process:
             logits_SBV, _ = self.output_layer(hidden_states, runtime_gather_output=True)
             return logits_SBV.transpose(0, 1).contiguous()
         return super()._postprocess(hidden_states, *args, labels=labels, **kwargs)
+
+
+def is_extra_state(key: str) -> bool:
+    """Whether a key of a state dict is no weight, but what a layer of Transformer Engine keeps about FP8."""
+    return "._extra_state" in key
 
 
 def transformer_config(config: Config, *, bf16: bool, operations: Mapping[str, str]) -> LingTransformerConfig:
@@ -113,6 +148,8 @@ def _fields(config: Config, bf16: bool) -> dict[str, Any]:
         "perform_initialization": False,
     }
     fields |= _recompute_fields(config.runtime)
+    if config.precision.recipe == "fp8":
+        fields |= {"fp8": config.precision.fp8_format, "fp8_recipe": config.precision.fp8_recipe}
     if model.num_moe_experts is not None:
         dense = model.first_k_dense_replace
         fields |= {
@@ -183,6 +220,7 @@ def build_model(
         vp_stage = stage if len(stages) > 1 else None
         with torch.device(device):
             chunk = _build_chunk(config, mcore_config, vp_stage)
+            share_global_scalars(chunk)
         mark_tensor_parallel(chunk)
         if device.type != "meta":
             initialize(chunk, config.model, config.run.seed if seed is None else seed)
@@ -192,7 +230,7 @@ def build_model(
 
 def _build_chunk(config: Config, mcore_config: LingTransformerConfig, vp_stage: int | None) -> LingModel:
     model = config.model
-    return LingModel(
+    chunk = LingModel(
         config=mcore_config,
         transformer_layer_spec=specs.decoder_spec(mcore_config, vp_stage),
         vocab_size=padded_vocab_size(model),
@@ -207,6 +245,8 @@ def _build_chunk(config: Config, mcore_config: LingTransformerConfig, vp_stage: 
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
         vp_stage=vp_stage,
     )
+    chunk.rotary_by_position = config.data.reset_position_ids
+    return chunk
 
 
 def wrap_model(config: Config, chunks: list[LingModel], platform: Platform, *, bf16: bool) -> list[Any]:

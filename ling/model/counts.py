@@ -32,7 +32,8 @@ class LayerCount:
 class ComponentCount:
     """All parameters by what they belong to; the fields add up to the model's total.
 
-    `norms` holds every RMSNorm of the decoder, those on query and key heads included; `mtp` is the whole MTP layer.
+    `norms` holds every RMSNorm of the decoder, those on query and key heads included; `scalars` what the activations
+    learn; `mtp` is the whole MTP layer.
     """
 
     embedding: int
@@ -44,6 +45,7 @@ class ComponentCount:
     norms: int
     output: int
     mtp: int
+    scalars: int
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,8 @@ def parameter_shapes(model: ModelConfig) -> dict[str, Shape]:
         )
         shapes[prefix + "final_layernorm.weight"] = (hidden,)
     shapes["output_layer.weight"] = (vocab, hidden)
+    for kind, length in global_scalar_counts(model).items():
+        shapes[f"activation_scalars.{kind}"] = (length,)
     return shapes
 
 
@@ -191,6 +195,7 @@ def _moe_shapes(model: ModelConfig) -> dict[str, Shape]:
         "mlp.router.weight": (experts, hidden),
         "mlp.experts.weight1": (experts, _fc1_width(model, "routed", ffn), hidden),
         "mlp.experts.weight2": (experts, hidden, ffn),
+        **_scalar_shapes(model, "mlp.experts.", "routed"),
     }
     if model.moe_shared_expert_intermediate_size:
         shapes.update(_ffn_shapes(model, "mlp.shared_experts.", "shared", model.moe_shared_expert_intermediate_size))
@@ -201,12 +206,35 @@ def _ffn_shapes(model: ModelConfig, prefix: str, kind: Kind, width: int) -> dict
     return {
         prefix + "linear_fc1.weight": (_fc1_width(model, kind, width), model.hidden_size),
         prefix + "linear_fc2.weight": (model.hidden_size, width),
+        **_scalar_shapes(model, prefix, kind),
     }
+
+
+def _scalar_shapes(model: ModelConfig, prefix: str, kind: Kind) -> dict[str, Shape]:
+    """What the activation of one FFN learns on its own."""
+    resolved = resolve(activation_for(model, kind))
+    return {prefix + "activation.scalars": (len(resolved.initial_scalars()),)} if resolved.learn == "per_layer" else {}
 
 
 def _fc1_width(model: ModelConfig, kind: Kind, width: int) -> int:
     """Rows of the first projection: gate and up where this kind of FFN has a gated activation, else one projection."""
     return 2 * width if resolve(activation_for(model, kind)).activation.gated else width
+
+
+def kinds(model: ModelConfig) -> list[Kind]:
+    """The kinds of FFN that the decoder has."""
+    found: list[Kind] = []
+    if not all(is_moe_layer(model, layer) for layer in range(model.num_layers)):
+        found.append("dense")
+    if is_moe_layer(model, model.num_layers - 1):
+        found += ["shared", "routed"] if model.moe_shared_expert_intermediate_size else ["routed"]
+    return found
+
+
+def global_scalar_counts(model: ModelConfig) -> dict[Kind, int]:
+    """How many scalars the activations of all layers learn together (`learn: global`), by kind of FFN."""
+    resolved = {kind: resolve(activation_for(model, kind)) for kind in kinds(model)}
+    return {kind: len(found.initial_scalars()) for kind, found in resolved.items() if found.learn == "global"}
 
 
 def _layer_prefixes(model: ModelConfig) -> Iterator[str]:
@@ -227,6 +255,8 @@ def _component(name: str) -> str:
     """The field of ComponentCount that a parameter belongs to."""
     if name.startswith("mtp."):
         return "mtp"
+    if name.endswith(".scalars") or name.startswith("activation_scalars."):
+        return "scalars"
     if name.startswith("embedding."):
         return "embedding"
     if name.startswith("output_layer."):
@@ -247,7 +277,7 @@ def _component(name: str) -> str:
 
 def _activated(model: ModelConfig, name: str, shape: Shape) -> int:
     """Elements of a parameter that one token uses."""
-    if ".mlp.experts." in name:
+    if ".mlp.experts." in name and len(shape) > 1:
         return model.moe_router_topk * math.prod(shape[1:])  # the first dimension is the expert
     return math.prod(shape)
 

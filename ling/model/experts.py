@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,9 +14,9 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.utils import sharded_state_dict_default
 
-from ling.activations.module import FFNActivation
-from ling.model.mlp import SharedExperts, activate_and_project, config_for, resolved_activation, set_activation_layer
+from ling.model.mlp import SharedExperts, activate_and_project, build_activation, config_for, set_activation_layer
 from ling.model.router import LingRouter
 
 CPU_ROW_MULTIPLE = 64
@@ -57,13 +58,16 @@ class GroupedExperts(MegatronModule):
     under the names and global shapes of megatron-core's SequentialMLP and TEGroupedMLP, however they are multiplied.
     """
 
+    kind = "routed"
+
     def __init__(self, num_local_experts: int, config: Any, pg_collection: Any = None, **kwargs: Any) -> None:
         width = config.ling.moe_ffn_hidden_size
         super().__init__(config=config_for(config, "routed", width))
         self.num_local_experts = num_local_experts
         self.ep_group, self.tp_group, self.dp_group = pg_collection.ep, pg_collection.expt_tp, pg_collection.expt_dp
         self.gated = self.config.gated_linear_unit
-        self.activation = FFNActivation(resolved_activation(config.ling, "routed"))
+        self.activation = build_activation(config, self.kind, self.tp_group)
+        self.scalars_group = pg_collection.tp
         self.linear = grouped_linear if config.operations["experts"] == "grouped_mm" else looped_linear
         local_width, hidden, dtype = width // self.tp_group.size(), config.hidden_size, config.params_dtype
         fc1_rows = local_width * (2 if self.gated else 1)
@@ -74,6 +78,17 @@ class GroupedExperts(MegatronModule):
         for weight in (self.weight1, self.weight2):
             # megatron-core reduces parameters with this mark over the expert-data-parallel ranks.
             weight.allreduce = config.expert_model_parallel_size == 1  # type: ignore[attr-defined]
+
+    def expert_weights(self) -> Iterator[tuple[str, str, int, torch.Tensor, int]]:
+        """Each matrix of each expert.
+
+        Yields:
+            Name of its parameter in this module, `weight1` (up and gate) or `weight2` (down), number of the expert on
+            this rank, the matrix, and its dimension that is split over the expert-tensor-parallel ranks.
+        """
+        for kind, dim in (("weight1", 0), ("weight2", 1)):
+            for index, matrix in enumerate(self.get_parameter(kind).unbind(0)):
+                yield kind, kind, index, matrix, dim
 
     def set_layer_number(self, layer_number: int) -> None:
         """Which layer this is (1-based, MTP layers after the others)."""
@@ -143,7 +158,26 @@ class GroupedExperts(MegatronModule):
         return {
             f"{prefix}weight1": first,
             f"{prefix}weight2": shard(key2, self.weight2, 2, tp_rank, tp_size, replica_id),
+            **sharded_scalars(self, prefix, sharded_offsets, metadata),
         }
+
+
+def sharded_scalars(
+    experts: Any, prefix: str, sharded_offsets: tuple[Any, ...], metadata: dict[str, Any] | None
+) -> dict[str, Any]:
+    """megatron-core's description of the activation's scalars, which all experts of a layer, on all ranks, share."""
+    return sharded_state_dict_default(
+        experts.activation, f"{prefix}activation.", sharded_offsets, metadata, tp_group=experts.scalars_group
+    )
+
+
+def routed_experts(config: Any) -> type:
+    """The class of the routed experts that `ling.platform.select` chose."""
+    if config.operations["experts"] == "te":
+        from ling.model.te import TEGroupedExperts
+
+        return TEGroupedExperts
+    return GroupedExperts
 
 
 class LingMoE(MoELayer):
@@ -151,7 +185,7 @@ class LingMoE(MoELayer):
 
     def __init__(self, config: Any, pg_collection: Any = None, **kwargs: Any) -> None:
         kwargs.pop("tp_group", None)
-        submodules = MoESubmodules(experts=GroupedExperts, shared_experts=SharedExperts, router=LingRouter)
+        submodules = MoESubmodules(experts=routed_experts(config), shared_experts=SharedExperts, router=LingRouter)
         super().__init__(config=config, submodules=submodules, pg_collection=pg_collection, **kwargs)
 
     def set_layer_number(self, layer_number: int) -> None:

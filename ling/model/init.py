@@ -22,7 +22,6 @@ from megatron.core.tensor_parallel.layers import (
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from ling.config.schema import ModelConfig
-from ling.model.experts import GroupedExperts
 from ling.model.mlp import DenseMLP
 
 OUTPUT_LAYERS = ("linear_proj.weight", "linear_fc2.weight", "experts.weight2")
@@ -73,30 +72,36 @@ def initialize(model: torch.nn.Module, model_config: ModelConfig, seed: int) -> 
 
     With `output_init: scaled`, the matrices that write to the residual stream get std / sqrt(2 · num_layers) (GPT-2).
     """
-    experts = {
-        f"{name}.{weight}": module
-        for name, module in model.named_modules()
-        if isinstance(module, GroupedExperts)
-        for weight in ("weight1", "weight2")
-    }
     names = global_names(model)
+    experts = _draw_experts(model, names, model_config, seed)
     for name, param in model.named_parameters():
-        if param.dim() <= 1:  # norms: 1 from the start; an activation's scalars set their own values
+        if name in experts or param.dim() <= 1:  # norms: 1 from the start; an activation's scalars have their values
             continue
-        std = model_config.init_method_std
-        if model_config.output_init == "scaled" and name.endswith(OUTPUT_LAYERS):
-            std /= math.sqrt(2 * model_config.num_layers)
-        dim = getattr(param, "partition_dim", -1)
-        if name in experts:
-            module = experts[name]
-            first = module.ep_group.rank() * module.num_local_experts
-            for index in range(module.num_local_experts):
-                part = _Part(module.tp_group.rank(), module.tp_group.size(), dim - 1, param)
-                _draw(param[index], part, std, _seed(seed, f"{names[name]}.{first + index}"))
-        else:
-            group = _tensor_group(model, name)
-            part = _Part(group.rank(), group.size(), dim, param)
-            _draw(param, part, std, _seed(seed, names[name]))
+        group = _tensor_group(model, name)
+        part = _Part(group.rank(), group.size(), getattr(param, "partition_dim", -1), param)
+        _draw(param, part, _std(model_config, name), _seed(seed, names[name]))
+
+
+def _draw_experts(model: torch.nn.Module, names: dict[str, str], model_config: ModelConfig, seed: int) -> set[str]:
+    """Draw the routed experts one by one; the names of their parameters, whichever class holds them."""
+    drawn = set()
+    for prefix, module in model.named_modules():
+        if not hasattr(module, "expert_weights"):
+            continue
+        experts: Any = module
+        first = experts.ep_group.rank() * experts.num_local_experts
+        for name, kind, index, matrix, dim in experts.expert_weights():
+            param = experts.get_parameter(name)
+            part = _Part(experts.tp_group.rank(), experts.tp_group.size(), dim, param)
+            layer = names[f"{prefix}.{name}"].removesuffix(name)
+            _draw(matrix, part, _std(model_config, f"experts.{kind}"), _seed(seed, f"{layer}{kind}.{first + index}"))
+            drawn.add(f"{prefix}.{name}")
+    return drawn
+
+
+def _std(model_config: ModelConfig, name: str) -> float:
+    scaled = model_config.output_init == "scaled" and name.endswith(OUTPUT_LAYERS)
+    return model_config.init_method_std / (math.sqrt(2 * model_config.num_layers) if scaled else 1.0)
 
 
 class _Part:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer.mlp import MLP, MLPSubmodules, apply_swiglu_sharded_factory
 from megatron.core.transformer.utils import sharded_state_dict_default
@@ -16,11 +15,21 @@ from ling.activations.module import FFNActivation
 from ling.activations.table import ResolvedActivation, resolve
 from ling.config.derived import activation_for
 from ling.config.schema import ModelConfig
+from ling.model.linears import Linears, linears
+from ling.model.rows import ShardedRows
 
 
 def resolved_activation(model: ModelConfig, kind: str) -> ResolvedActivation:
     """The activation of an FFN kind: `dense`, `shared` or `routed`."""
     return resolve(activation_for(model, kind), f"model.{kind}_activation", model.num_layers)
+
+
+def build_activation(config: Any, kind: str, tp_group: Any) -> FFNActivation:
+    """The activation of an FFN kind, where the ranks of `tp_group` share the FFN's width."""
+    activation = FFNActivation(resolved_activation(config.ling, kind), config.operations["activation"])
+    if tp_group is not None and tp_group.size() > 1:
+        activation.rows = ShardedRows(tp_group)
+    return activation
 
 
 def set_activation_layer(activation: FFNActivation, model: ModelConfig, layer_number: int) -> None:
@@ -62,15 +71,19 @@ class DenseMLP(MLP):
         width = self.width(config.ling)
         super().__init__(
             config=config_for(config, self.kind, width),
-            submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+            submodules=MLPSubmodules(linear_fc1=self.first_linear(linears(config)), linear_fc2=linears(config).row),
             ffn_hidden_size=width,
             tp_group=tp_group if tp_group is not None else getattr(pg_collection, "tp", None),
         )
-        self.activation = FFNActivation(resolved_activation(config.ling, self.kind))
+        self.activation = build_activation(config, self.kind, self.tp_group)
 
     def width(self, model: ModelConfig) -> int:
         """Width of the FFN, before it is split over ranks."""
         return model.ffn_hidden_size
+
+    def first_linear(self, backend: Linears) -> type:
+        """Class of the up and gate projection: with the norm before it, where the backend has that in one."""
+        return backend.norm_and_column or backend.column
 
     def set_layer_number(self, layer_number: int) -> None:
         """megatron-core says which layer this is (1-based, MTP layers after the others)."""
@@ -110,6 +123,10 @@ class SharedExperts(DenseMLP):
         """Width of all shared experts together."""
         assert model.moe_shared_expert_intermediate_size is not None
         return model.moe_shared_expert_intermediate_size
+
+    def first_linear(self, backend: Linears) -> type:
+        """Class of the up and gate projection; the norm before it is the router's and the routed experts' too."""
+        return backend.column
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:  # type: ignore[override]
         """`[S, B, hidden]` to the same shape; megatron-core's MoELayer adds it to the routed experts' output."""

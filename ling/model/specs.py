@@ -7,7 +7,7 @@ from typing import Any
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec_for_backend
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -22,6 +22,7 @@ from megatron.core.transformer.transformer_layer import (
 from ling.model.attention import FlashAttention, SdpaAttention
 from ling.model.counts import is_moe_layer
 from ling.model.experts import LingMoE
+from ling.model.linears import linears
 from ling.model.mlp import DenseMLP
 from ling.model.norm import RMSNorm
 
@@ -38,13 +39,14 @@ def core_attention(implementation: str) -> type:
 def layer_spec(config: Any, mlp: type) -> ModuleSpec:
     """One pre-norm decoder layer: attention with QK-norm before RoPE, then the given FFN."""
     qk_norm = RMSNorm if config.qk_layernorm else IdentityOp
+    column, row, norm_and_column = linears(config)
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=ColumnParallelLinear,
+            linear_qkv=norm_and_column or column,
             core_attention=core_attention(config.operations["attention"]),
-            linear_proj=RowParallelLinear,
+            linear_proj=row,
             q_layernorm=qk_norm,
             k_layernorm=qk_norm,
         ),
@@ -52,12 +54,17 @@ def layer_spec(config: Any, mlp: type) -> ModuleSpec:
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
+            input_layernorm=IdentityOp if norm_and_column else RMSNorm,
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
+            pre_mlp_layernorm=IdentityOp if norm_and_column and mlp is DenseMLP else RMSNorm,
             mlp=mlp,
             mlp_bda=get_bias_dropout_add,
+            # a norm that is fused into the next layer keeps its own name in checkpoints
+            sharded_state_dict_keys_map={
+                "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+                "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+            },
         ),
     )
 
@@ -77,6 +84,10 @@ class LingBackend(LocalSpecProvider):
     def layer_norm(self, *args: Any, **kwargs: Any) -> type:
         """RMSNorm, everywhere."""
         return RMSNorm
+
+    def column_parallel_linear(self) -> type:
+        """megatron-core's own also with Transformer Engine: its output is gathered over the ranks."""
+        return ColumnParallelLinear
 
 
 def mtp_spec(config: Any, vp_stage: int | None = None) -> Any:

@@ -108,6 +108,7 @@ def test_tiny_model_by_hand():
         "norms": 2 * NORMS + 8,
         "output": 32 * 8,
         "mtp": MOE_LAYER + MTP_EXTRA,
+        "scalars": 0,
     }
 
 

@@ -33,7 +33,7 @@ def test_by_itself_without_any_package():
     found = implementations()
     assert (found["attention"], found["optimizer"]) == ("sdpa", "torch")
     assert found["experts"] == ("grouped_mm" if hasattr(torch.nn.functional, "grouped_mm") else "loop")
-    assert implementations("cuda") == found
+    assert implementations("cuda") == found | {"activation": implementations("cuda")["activation"]}
 
 
 def test_what_is_named_is_taken_where_it_can_run(installed):
@@ -91,3 +91,45 @@ class Machine:
 )
 def test_precision(recipe, fast, resolved):
     assert precision_recipe(PrecisionConfig(recipe=recipe), Machine(fast)) == resolved
+
+
+def test_transformer_engine_where_it_can_run(installed):
+    installed.add("transformer_engine")
+    found = implementations("cuda")
+    assert (found["linear"], found["experts"]) == ("te", "te")
+    found = implementations("cuda", backend="torch")
+    assert (found["linear"], found["experts"]) == ("torch", "grouped_mm")
+    assert implementations("cuda", grouped_gemm="loop")["experts"] == "loop"
+    assert implementations("cpu")["linear"] == "torch"
+    with pytest.raises(
+        UserError, match="runtime.backend=te: transformer_engine: it needs a CUDA device; set runtime.b"
+    ):
+        choose(RuntimeConfig(backend="te"), "cpu")
+    with pytest.raises(UserError, match="runtime.grouped_gemm=te: it goes with Transformer Engine's linear layers"):
+        choose(RuntimeConfig(backend="torch", grouped_gemm="te"), "cuda")
+
+
+@pytest.mark.usefixtures("installed")
+def test_fp8_needs_transformer_engine():
+    with pytest.raises(
+        UserError, match="fp8 needs Transformer Engine's layers .*not installed.*set precision.recipe=bf"
+    ):
+        choose(RuntimeConfig(), "cuda", "fp8")
+
+
+@pytest.mark.usefixtures("installed")
+def test_kernels(monkeypatch):
+    from ling.activations import ops
+
+    monkeypatch.setitem(ops._PROBLEMS, "cuda", None)
+    assert implementations("cuda")["activation"] == "fused"
+    assert implementations("cuda", kernels="reference")["activation"] == "reference"
+    mixed = choose(RuntimeConfig(), "cuda", activations=["powlu", "toy"])["activation"]
+    assert mixed.implementation == "fused"
+    assert mixed.reason.endswith("readable torch math for toy")
+    with pytest.raises(UserError, match="runtime.kernels=fused: toy has no compiled kernel; set runtime.kernels=auto"):
+        choose(RuntimeConfig(kernels="fused"), "cuda", activations=["toy"])
+    monkeypatch.setitem(ops._PROBLEMS, "cuda", "it was not built")
+    assert implementations("cuda")["activation"] == "reference"
+    with pytest.raises(UserError, match="runtime.kernels=fused: it was not built; set runtime.kernels=auto"):
+        choose(RuntimeConfig(kernels="fused"), "cuda")
