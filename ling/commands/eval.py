@@ -12,13 +12,16 @@ from typing import TYPE_CHECKING, Any
 from ling.commands import positive_int
 
 if TYPE_CHECKING:
+    from ling.config import Config
     from ling.data.datasets import SampleStream
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `ling eval`."""
     parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="a checkpoint, or a run's folder (its newest)")
-    parser.add_argument("--data", metavar="PREFIX", nargs="+", required=True, help="prepared data: prefix of .bin/.idx")
+    data = parser.add_mutually_exclusive_group(required=True)
+    data.add_argument("--data", metavar="PREFIX", nargs="+", help="prepared data: prefix of .bin/.idx")
+    data.add_argument("--split", choices=("valid", "test"), help="the run's own data.valid or data.test")
     parser.add_argument("--max-samples", type=positive_int, metavar="N", help="only the first N samples of each source")
     parser.add_argument("--batch-size", type=positive_int, default=8, metavar="B", help="samples of a pass (default 8)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run (default auto)")
@@ -27,9 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print loss, perplexity and bits per byte of each source."""
-    from ling.config.derived import data_sources
-    from ling.data.datasets import build_valid_streams
-    from ling.data.index_file import check_prefix, read_side_file
+    from ling.data.index_file import read_side_file
     from ling.data.tokenizer import load_tokenizer
     from ling.platform import get_platform
 
@@ -39,30 +40,43 @@ def run(args: argparse.Namespace) -> int:
 
     folder, manifest, config = saved_config(args.checkpoint, args.device)
     tokenizer = load_tokenizer(folder / "tokenizer")
-    side_files = {}
-    for source in data_sources(args.data, "--data"):
-        check_prefix(source.path, tokenizer.fingerprint)
-        side_files[source.path] = read_side_file(source.path)
     config.data.tokenizer = str(folder / "tokenizer")
-    config.data.valid = [{"path": path, "name": path} for path in side_files]
-    streams = build_valid_streams(config)
+    streams = _streams(args, config, tokenizer.fingerprint)
     model = restore_model(folder, config, platform)
     results = {}
-    for path, stream in streams.items():
-        results[path] = _evaluate(model, stream, args.batch_size, args.max_samples)
-        side = side_files[path]
+    for name, stream in streams.items():
+        results[name] = _evaluate(model, stream, args.batch_size, args.max_samples)
+        side = read_side_file(stream.sources[0].path)
         if side and side["bytes"]:
-            results[path]["bits_per_byte"] = results[path]["loss"] / math.log(2) * side["tokens"] / side["bytes"]
+            results[name]["bits_per_byte"] = results[name]["loss"] / math.log(2) * side["tokens"] / side["bytes"]
     if args.json:
         print(json.dumps({"checkpoint": str(folder), "step": manifest.step, "results": results}))
         return 0
     print(f"{folder} (step {manifest.step})")
-    for path, result in results.items():
+    for name, result in results.items():
         bits = f", {result['bits_per_byte']:.4f} bits per byte" if "bits_per_byte" in result else ""
         perplexity = math.exp(min(result["loss"], 700.0))
-        print(f"  {path}: loss {result['loss']:.4f} nats per token over {result['tokens']} tokens")
-        print(f"  {' ' * len(path)}  perplexity {perplexity:.4g}{bits}")
+        print(f"  {name}: loss {result['loss']:.4f} nats per token over {result['tokens']} tokens")
+        print(f"  {' ' * len(name)}  perplexity {perplexity:.4g}{bits}")
     return 0
+
+
+def _streams(args: argparse.Namespace, config: Config, fingerprint: str) -> dict[str, SampleStream]:
+    """The samples to evaluate on by name: the files given, or those of the run."""
+    from ling.config.derived import data_sources, test_sources, valid_sources
+    from ling.config.errors import UserError
+    from ling.data.datasets import build_test_streams, build_valid_streams
+    from ling.data.index_file import check_prefix
+
+    if args.data:
+        paths = [source.path for source in data_sources(args.data, "--data")]
+        config.data.valid, config.data.split = [{"path": path, "name": path} for path in paths], None
+    sources = test_sources(config) if args.split == "test" else valid_sources(config)
+    if not sources:
+        raise UserError(f"--split {args.split}: the run has no data.{args.split}; name files with --data")
+    for source in sources:
+        check_prefix(source.path, fingerprint)
+    return build_test_streams(config) if args.split == "test" else build_valid_streams(config)
 
 
 def _evaluate(model: Any, stream: SampleStream, batch_size: int, max_samples: int | None) -> dict[str, float]:

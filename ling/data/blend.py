@@ -28,7 +28,7 @@ class Blend:
     def __init__(self, weights: Sequence[float]) -> None:
         total = math.fsum(weights)
         self.weights = np.array([weight / total for weight in weights], dtype=np.float64)
-        self._block = _Block(0, np.empty(0, np.int32), np.empty(0, np.int64))
+        self._number, self._block = 0, _Block(0, np.empty(0, np.int32), np.empty(0, np.int64))
 
     def locate(self, sample: int) -> tuple[int, int]:
         """The source of a global sample, and how many samples that source gave before it."""
@@ -37,6 +37,12 @@ class Blend:
             self._load(sample)
             offset = sample - self._block.start
         return int(self._block.sources[offset]), int(self._block.local[offset])
+
+    def given_before(self, sample: int) -> np.ndarray:
+        """Samples that each source gives before a global sample: int64 [sources]."""
+        self.locate(sample)
+        before = self._block.sources[: sample - self._block.start]
+        return self._given_before(self._number) + np.bincount(before, minlength=len(self.weights))
 
     def _given_before(self, block: int) -> np.ndarray:
         """Samples that each source gave before the block's time: int64 [sources]."""
@@ -54,4 +60,4 @@ class Blend:
         within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         local = first[sources] + within
         order = np.argsort((local + 0.5) / self.weights[sources], kind="stable")
-        self._block = _Block(int(first.sum()), sources[order], local[order])
+        self._number, self._block = block, _Block(int(first.sum()), sources[order], local[order])

@@ -6,82 +6,34 @@ epoch), and a blend is a pure function of the sample's number. S below is the se
 
 from __future__ import annotations
 
-import logging
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ling.config.derived import Source, data_sources
+from ling.config.derived import Source, cache_dir, test_sources, train_sources, valid_sources
 from ling.config.errors import UserError
 from ling.config.schema import Config
 from ling.data.blend import Blend
-from ling.data.index_file import Index, check_prefix, read_index
+from ling.data.checks import blend_weights, check_ids, require_samples
+from ling.data.checks import check_data as check_data
+from ling.data.index_file import read_index
+from ling.data.samples import Piece, SourceSamples
 from ling.data.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     import torch
 
-logger = logging.getLogger(__name__)
-
-EPOCHS_KEPT = 2
-DOCUMENT_ORDER, SAMPLE_ORDER = 0, 1  # tell the two shuffles of an epoch apart
+CACHED_FROM = 1 << 20  # documents and samples of all sources together; what is less takes a fraction of a second
 
 
-class _Epoch(NamedTuple):
-    documents: np.ndarray  # [N] their order
-    starts: np.ndarray  # int64 [N + 1] where each begins in the epoch's run of tokens
-    samples: np.ndarray | None  # [samples] their order; None: as they lie
+class Origin(NamedTuple):
+    """Where a sample comes from."""
 
-
-class SourceSamples:
-    """The samples of one source, epoch after epoch: documents in shuffled order, laid end to end, cut every S tokens.
-
-    A sample has S + 1 tokens, the last of which begins the next sample. What is left at an epoch's end (less than S + 1
-    tokens) is not used; which text that is changes with the epoch.
-    """
-
-    def __init__(self, index: Index, sequence_length: int, seed: int, number: int, shuffle: bool) -> None:
-        self.index = index
-        self.num_samples = samples_in(index.num_tokens, sequence_length)
-        self._sequence_length = sequence_length
-        self._key = (seed, number)
-        self._shuffle = shuffle
-        self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
-
-    def tokens(self, sample: int) -> np.ndarray:
-        """Tokens of the source's sample, counted over all epochs: int64 [S + 1]."""
-        number, within = divmod(sample, self.num_samples)
-        epoch = self._epoch(number)
-        place = within if epoch.samples is None else int(epoch.samples[within])
-        begin = place * self._sequence_length
-        out = np.empty(self._sequence_length + 1, dtype=np.int64)
-        document = int(np.searchsorted(epoch.starts, begin, side="right")) - 1
-        offset = begin - int(epoch.starts[document])
-        filled = 0
-        while filled < len(out):
-            source = epoch.documents[document]
-            take = min(int(self.index.lengths[source]) - offset, len(out) - filled)
-            first = int(self.index.pointers[source]) // self.index.dtype.itemsize + offset
-            out[filled : filled + take] = self.index.tokens[first : first + take]
-            filled, document, offset = filled + take, document + 1, 0
-        return out
-
-    def _epoch(self, number: int) -> _Epoch:
-        if number not in self._epochs:
-            self._epochs[number] = self._build_epoch(number)
-            if len(self._epochs) > EPOCHS_KEPT:
-                self._epochs.popitem(last=False)
-        return self._epochs[number]
-
-    def _build_epoch(self, number: int) -> _Epoch:
-        count = self.index.num_documents
-        documents = permutation(count, *self._key, number, DOCUMENT_ORDER) if self._shuffle else np.arange(count)
-        starts = np.zeros(count + 1, dtype=np.int64)
-        np.cumsum(self.index.lengths[documents], out=starts[1:])
-        samples = permutation(self.num_samples, *self._key, number, SAMPLE_ORDER) if self._shuffle else None
-        return _Epoch(documents, starts, samples)
+    source: Source
+    epoch: int
+    pieces: list[Piece]
 
 
 class SampleStream:
@@ -89,7 +41,8 @@ class SampleStream:
 
     sources: prefixes of .bin/.idx with weights (shares of the samples). repeat: start a new epoch at the end of a
     source; without it (one source only) the stream has `num_samples` samples. vocab_size: token ids from here on are
-    refused. The options' meaning is that of the config keys of the same name. Raises UserError for unusable files.
+    refused. cache: folder for the shuffles of large sources. The options' meaning is that of the config keys of the
+    same name. Raises UserError for unusable files.
     """
 
     def __init__(
@@ -103,22 +56,28 @@ class SampleStream:
         repeat: bool = True,
         vocab_size: int | None = None,
         reset_attention_mask: bool = False,
+        reset_position_ids: bool = False,
         eod_mask_loss: bool = False,
+        cache: Path | None = None,
     ) -> None:
         assert repeat or len(sources) == 1, "a blend has no end"
         self.sources = list(sources)
         self.sequence_length = sequence_length
-        self._parts = [
-            SourceSamples(read_index(source.path), sequence_length, seed, number, shuffle)
+        self.parts = [
+            SourceSamples(read_index(source.path), sequence_length, seed, number, shuffle, source.span)
             for number, source in enumerate(sources)
         ]
-        for source, part in zip(sources, self._parts, strict=True):
-            _require_samples(source, part.index, sequence_length)
-        self.num_samples = None if repeat else self._parts[0].num_samples
-        self._blend = Blend([source.weight for source in sources])
+        for source, part in zip(sources, self.parts, strict=True):
+            require_samples(source, part.num_tokens, sequence_length)
+        if shuffle and sum(part.num_documents + part.num_samples for part in self.parts) >= CACHED_FROM:
+            for part in self.parts:
+                part.cache = cache
+        self.num_samples = None if repeat else self.parts[0].num_samples
+        self.blend = Blend(blend_weights(self.sources, [part.num_samples for part in self.parts], sequence_length))
         self._eos_id = eos_id
         self._vocab_size = vocab_size
         self._reset_attention_mask = reset_attention_mask
+        self._reset_position_ids = reset_position_ids
         self._eod_mask_loss = eod_mask_loss
 
     def sample(self, i: int) -> dict[str, np.ndarray]:
@@ -127,15 +86,10 @@ class SampleStream:
         tokens, labels (the tokens one further on) and position_ids int64 [S], loss_mask float32 [S]; with
         reset_attention_mask also document_ids int64 [S], which counts the documents within the sample from 0.
         """
-        if i < 0 or (self.num_samples is not None and i >= self.num_samples):
-            raise IndexError(f"sample {i} of a stream of {self.num_samples}")
-        number, local = self._blend.locate(i)
-        run = self._parts[number].tokens(local)
-        if self._vocab_size is not None and int(run.max()) >= self._vocab_size:
-            raise UserError(
-                f"data {self.sources[number].path} has the token id {int(run.max())}, the model knows "
-                f"{self._vocab_size}: raise model.vocab_size, or prepare the data with the run's tokenizer"
-            )
+        number, local = self._locate(i)
+        run = self.parts[number].tokens(local)
+        if self._vocab_size is not None:
+            check_ids(run, self._vocab_size, self.sources[number].path)
         tokens, labels = run[:-1], run[1:]
         ends = tokens == self._eos_id
         begins = np.zeros(len(tokens), dtype=bool)
@@ -143,75 +97,49 @@ class SampleStream:
         out = {"tokens": tokens, "labels": labels, "loss_mask": np.ones(len(tokens), dtype=np.float32)}
         if self._eod_mask_loss:
             out["loss_mask"][ends] = 0.0
-        # Positions run through the sample: rotary embeddings see differences only, within a document as without.
         out["position_ids"] = np.arange(len(tokens), dtype=np.int64)
+        if self._reset_position_ids:
+            out["position_ids"] -= np.maximum.accumulate(np.where(begins, out["position_ids"], 0))
         if self._reset_attention_mask:
             out["document_ids"] = np.cumsum(begins, dtype=np.int64)
         return out
 
+    def origin(self, i: int) -> Origin:
+        """The documents, and the tokens of each, that sample number i is made of; its last token is a label only."""
+        number, local = self._locate(i)
+        part = self.parts[number]
+        return Origin(self.sources[number], local // part.num_samples, list(part.pieces(local)))
+
+    def epochs_after(self, samples: int) -> list[int]:
+        """Epochs of each source, begun ones included, that the first so many samples take from."""
+        taken = self.blend.given_before(samples)
+        return [-(-int(count) // part.num_samples) for count, part in zip(taken, self.parts, strict=True)]
+
+    def _locate(self, i: int) -> tuple[int, int]:
+        if i < 0 or (self.num_samples is not None and i >= self.num_samples):
+            raise IndexError(f"sample {i} of a stream of {self.num_samples}")
+        return self.blend.locate(i)
+
 
 def build_train_stream(config: Config) -> SampleStream:
     """The run's training samples: all of data.train, blended and shuffled, without end."""
-    return _build(config, data_sources(config.data.train, "data.train"), shuffle=True, repeat=True)
+    return _build(config, train_sources(config), shuffle=True, repeat=True)
 
 
 def build_valid_streams(config: Config) -> dict[str, SampleStream]:
     """The held-out samples by the name of their source, in the order of the file, each token at most once."""
-    sources = data_sources(config.data.valid, "data.valid")
-    return {source.name: _build(config, [source], shuffle=False, repeat=False) for source in sources}
+    return _build_each(config, valid_sources(config))
+
+
+def build_test_streams(config: Config) -> dict[str, SampleStream]:
+    """The samples of the last test, as `build_valid_streams`."""
+    return _build_each(config, test_sources(config))
 
 
 def eval_batches(stream: SampleStream, config: Config) -> int:
     """Global batches of one evaluation of a held-out stream: train.eval_iters, or as many as it has."""
     assert stream.num_samples is not None, "held-out streams end"
     return min(config.train.eval_iters, stream.num_samples // config.train.global_batch_size)
-
-
-def check_data(config: Config) -> None:
-    """Everything about data and tokenizer that can be wrong, cheaply and without torch, before ranks are started.
-
-    Raises UserError: files missing, truncated, empty, prepared with another tokenizer, too small; vocabulary larger
-    than the model's. Warns where a held-out source is too small for train.eval_iters.
-    """
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise UserError(
-            f"data.tokenizer has {tokenizer.vocab_size} tokens, the model knows {config.model.vocab_size}: "
-            f"set model.vocab_size to {tokenizer.vocab_size} or more"
-        )
-    for source in data_sources(config.data.train, "data.train"):
-        index = check_prefix(source.path, tokenizer.fingerprint)
-        _require_samples(source, index, config.data.sequence_length)
-    batch = config.train.global_batch_size
-    for source in data_sources(config.data.valid, "data.valid"):
-        index = check_prefix(source.path, tokenizer.fingerprint)
-        _require_samples(source, index, config.data.sequence_length)
-        samples = samples_in(index.num_tokens, config.data.sequence_length)
-        if samples < batch:
-            raise UserError(
-                f"data.valid: {source.path} has {samples} samples of {config.data.sequence_length} tokens, less than "
-                f"one global batch of {batch}: hold out more text, or lower train.global_batch_size"
-            )
-        if samples // batch < config.train.eval_iters:
-            logger.warning(
-                "data.valid: %s is enough for %d of the %d batches of train.eval_iters; evaluations use those",
-                source.path,
-                samples // batch,
-                config.train.eval_iters,
-            )
-
-
-def samples_in(num_tokens: int, sequence_length: int) -> int:
-    """Samples of one epoch: cut every S tokens, each with one token more."""
-    return max(0, (num_tokens - 1) // sequence_length)
-
-
-def permutation(count: int, *key: int) -> np.ndarray:
-    """A shuffle of range(count) that depends on the key alone: int64 [count].
-
-    It sorts raw output of a named bit generator, which NumPy promises never to change, unlike Generator.permutation.
-    """
-    return np.argsort(np.random.Philox(np.random.SeedSequence(key)).random_raw(count), kind="stable")
 
 
 class BatchIterator:
@@ -315,7 +243,11 @@ def stack(samples: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
     return {key: torch.from_numpy(np.stack([sample[key] for sample in samples])) for key in samples[0]}
 
 
-def _build(config: Config, sources: list[Source], shuffle: bool, repeat: bool) -> SampleStream:
+def _build_each(config: Config, sources: Sequence[Source]) -> dict[str, SampleStream]:
+    return {source.name: _build(config, [source], shuffle=False, repeat=False) for source in sources}
+
+
+def _build(config: Config, sources: Sequence[Source], shuffle: bool, repeat: bool) -> SampleStream:
     return SampleStream(
         sources,
         load_tokenizer(config.data.tokenizer).eos_id,
@@ -325,13 +257,7 @@ def _build(config: Config, sources: list[Source], shuffle: bool, repeat: bool) -
         repeat=repeat,
         vocab_size=config.model.vocab_size,
         reset_attention_mask=config.data.reset_attention_mask,
+        reset_position_ids=config.data.reset_position_ids,
         eod_mask_loss=config.data.eod_mask_loss,
+        cache=cache_dir(config),
     )
-
-
-def _require_samples(source: Source, index: Index, sequence_length: int) -> None:
-    if not samples_in(index.num_tokens, sequence_length):
-        raise UserError(
-            f"data {source.path} has {index.num_tokens} tokens, too few for one sample of {sequence_length} + 1: "
-            "give more text, or lower data.sequence_length"
-        )

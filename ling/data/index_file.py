@@ -7,6 +7,7 @@ A sequence is a document here, as it is for megatron-core's GPT dataset. PREFIX.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from ling.config.errors import UserError
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 DTYPES: dict[int, type[np.generic]] = {4: np.int32, 5: np.int64, 8: np.uint16}  # those that token ids come in
+CODES = {dtype: code for code, dtype in DTYPES.items()}
 AGAIN = "copy it again, or prepare it again with `ling data prepare`"
 
 
@@ -44,6 +46,23 @@ class Index:
         if not self.num_documents:
             return 0
         return int(self.pointers[-1]) // self.dtype.itemsize + int(self.lengths[-1])
+
+    def tokens_before(self, document: int) -> int:
+        """Tokens of all documents in front of this one."""
+        if document >= self.num_documents:
+            return self.num_tokens
+        return int(self.pointers[document]) // self.dtype.itemsize
+
+    def marks(self) -> np.ndarray:
+        """The document marks at the end of PREFIX.idx: int64 [D], numbers of the sequences that begin documents."""
+        path = Path(self.prefix + ".idx")
+        return np.asarray(np.memmap(path, dtype="<i8", mode="r", offset=HEADER.size + 12 * self.num_documents))
+
+    def identity(self) -> tuple[int, int, str]:
+        """What tells this index from others without reading it: size, time of the last change, hash of its ends."""
+        found = Path(self.prefix + ".idx").stat()
+        ends = np.concatenate([self.lengths[:512], self.lengths[-512:], self.pointers[-512:]])
+        return found.st_size, found.st_mtime_ns, hashlib.sha256(ends.tobytes()).hexdigest()
 
     @cached_property
     def tokens(self) -> np.ndarray:
@@ -76,8 +95,9 @@ def read_index(prefix: str) -> Index:
     if version != 1 or code not in DTYPES:
         raise UserError(f"{idx}: version {version} with token type {code} is not read: {AGAIN}")
     wanted = HEADER.size + 12 * sequences + 8 * marks
-    if size < wanted:
-        raise UserError(f"{idx} is truncated: {size} bytes where its header promises {wanted}; {AGAIN}")
+    if size != wanted:
+        what = "truncated" if size < wanted else "longer than it says"
+        raise UserError(f"{idx} is {what}: {size} bytes where its header promises {wanted}; {AGAIN}")
     if not sequences:
         raise UserError(f"data {prefix} has no documents: prepare it from input that has text")
     lengths = np.memmap(idx, dtype="<i4", mode="r", offset=HEADER.size, shape=(sequences,))

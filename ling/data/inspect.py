@@ -12,6 +12,7 @@ from ling.data.index_file import AGAIN, Index, check_prefix, read_side_file
 from ling.data.tokenizer import Tokenizer
 
 BLOCK_TOKENS = 1 << 24
+BLOCK_DOCUMENTS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ def statistics(prefix: str, tokenizer: Tokenizer | None = None) -> Statistics:
     """Read the whole data set: check it and describe it.
 
     Raises UserError where the files are damaged, where an index entry does not follow on the one before, where the
-    side file disagrees, where a token id is beyond the vocabulary, or where `tokenizer` is not the one that made it.
+    side file disagrees, where a document of ours has no end token, where a token id is beyond the vocabulary, or where
+    `tokenizer` is not the one that made it.
     """
     index = check_prefix(prefix, tokenizer.fingerprint if tokenizer else None)
     lengths = np.asarray(index.lengths).astype(np.int64)
@@ -68,6 +70,8 @@ def statistics(prefix: str, tokenizer: Tokenizer | None = None) -> Statistics:
     if len(wrong):
         raise UserError(f"{prefix}.idx: document {wrong[0]} does not follow on the one before it: {AGAIN}")
     side = read_side_file(prefix)
+    if side is not None:
+        _check_documents(index, int(side["tokenizer"].get("eos_id", -1)))
     counts = token_counts(index)
     vocab_size = side["tokenizer"]["vocab_size"] if side else tokenizer.vocab_size if tokenizer else None
     if vocab_size is not None and len(counts) > vocab_size:
@@ -98,6 +102,18 @@ def first_documents(prefix: str, tokenizer: Tokenizer, count: int) -> list[str]:
         ids = index.tokens[first : first + int(index.lengths[number])].tolist()
         texts.append(tokenizer.decode(ids[:-1] if ids and ids[-1] == tokenizer.eos_id else ids))
     return texts
+
+
+def _check_documents(index: Index, eos_id: int) -> None:
+    """What holds of data that `ling data prepare` made: a mark for each document, and an end token on each."""
+    if not np.array_equal(index.marks(), np.arange(index.num_documents + 1)):
+        raise UserError(f"{index.prefix}.idx: the document marks do not count the documents: {AGAIN}")
+    for start in range(0, index.num_documents, BLOCK_DOCUMENTS):
+        block = slice(start, start + BLOCK_DOCUMENTS)
+        last = index.pointers[block] // index.dtype.itemsize + index.lengths[block] - 1
+        wrong = np.flatnonzero(index.tokens[last] != eos_id)
+        if len(wrong):
+            raise UserError(f"{index.prefix}.bin: document {start + wrong[0]} has no end token: {AGAIN}")
 
 
 def _entropy(counts: np.ndarray) -> float:

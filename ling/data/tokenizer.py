@@ -1,4 +1,4 @@
-"""Tokenizers behind one small interface: SentencePiece (and its training) and Hugging Face's tokenizer.json."""
+"""Tokenizers behind one small interface: SentencePiece and its training here, Hugging Face's in huggingface.py."""
 
 from __future__ import annotations
 
@@ -13,21 +13,31 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ling.config.errors import UserError
-from ling.data.records import Source, check_inputs, iter_texts
+from ling.data.inputs import Input, find_inputs
+from ling.data.records import iter_texts
+from ling.data.words import SPACE_MARK, WordCache, read_model, word_pattern
 
 MODEL_FILE = "tokenizer.model"
 METADATA_FILE = "ling_tokenizer.json"
 FORMAT_VERSION = 1
 MODEL_TYPES = ("bpe", "unigram")
+NORMALIZATIONS = ("identity", "nfkc", "nfkc_cf", "nmt_nfkc", "nmt_nfkc_cf")
 LONGEST_SENTENCE = 4000  # bytes; SentencePiece drops longer lines without a word, so they are cut
-SPACE_MARK = "\u2581"  # how SentencePiece writes a space
 
 
 class Tokenizer(ABC):
-    """Text to token ids and back. `fingerprint` changes whenever the model's bytes do."""
+    """Text to token ids and back.
+
+    `fingerprint` changes whenever the model does. `vocab_size` is one more than the largest id. `bos_id` and `pad_id`
+    are null where the model has none. No text is encoded to the end-of-document token. `files` is all that a copy of
+    the tokenizer needs.
+    """
 
     path: Path
+    files: list[Path]
     fingerprint: str
     vocab_size: int
     eos_id: int
@@ -37,6 +47,10 @@ class Tokenizer(ABC):
     @abstractmethod
     def encode(self, text: str) -> list[int]:
         """Token ids of the text, without any special token."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """What `encode` gives for each text, as int32; faster for many texts."""
+        return [np.array(self.encode(text), dtype=np.int32) for text in texts]
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
@@ -49,12 +63,15 @@ class SentencePieceTokenizer(Tokenizer):
     def __init__(self, path: Path) -> None:
         from sentencepiece import SentencePieceProcessor
 
-        model = _read_bytes(path)
+        model = read_bytes(path)
         try:
             self._model = SentencePieceProcessor(model_proto=model)
-        except (RuntimeError, ValueError) as error:
+            pattern = word_pattern(read_model(model))
+        except (RuntimeError, ValueError, LookupError) as error:
             raise UserError(f"{path} is no SentencePiece model: give a folder of `ling tokenizer train`") from error
+        self._words = WordCache(self._model.encode, pattern) if pattern else None
         self.path = path
+        self.files = [file for file in (path, path.with_name(METADATA_FILE)) if file.exists()]
         self.fingerprint = fingerprint_of(model)
         self.vocab_size = self._model.vocab_size()
         self.eos_id = self._model.eos_id()
@@ -76,78 +93,48 @@ class SentencePieceTokenizer(Tokenizer):
             ids += self._mark_ids + self._model.encode(part)
         return ids
 
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """What `encode` gives for each text, as int32, through a cache of words where the model allows it."""
+        if self._words is None:
+            return super().encode_batch(texts)
+        words = self._words
+        return [
+            np.array(self.encode(text), dtype=np.int32) if SPACE_MARK in text else words.encode(text) for text in texts
+        ]
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids; control tokens decode to nothing."""
         return self._model.decode(list(ids))
 
 
-class HuggingFaceTokenizer(Tokenizer):
-    """A tokenizer.json through the `tokenizers` package, special tokens from the tokenizer_config.json beside it."""
-
-    def __init__(self, path: Path) -> None:
-        try:
-            from tokenizers import Tokenizer as Fast
-        except ImportError as error:
-            raise UserError(f"{path} needs the package `tokenizers`: pip install tokenizers") from error
-        content = _read_bytes(path)
-        try:
-            self._model = Fast.from_str(content.decode("utf-8"))
-        except Exception as error:  # the package raises bare Exception for anything wrong with the file
-            raise UserError(f"{path} is no Hugging Face tokenizer ({str(error).splitlines()[0]})") from error
-        self.path = path
-        self.fingerprint = fingerprint_of(content)
-        self.vocab_size = 1 + max(self._model.get_vocab(with_added_tokens=True).values())
-        named = self._special_tokens()
-        if named["eos"] is None:
-            raise UserError(
-                f"{path}: which token ends a document? Put a tokenizer_config.json with eos_token beside it"
-            )
-        self.eos_id, self.bos_id, self.pad_id = named["eos"], named["bos"], named["pad"]
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of the text, without any special token."""
-        return self._model.encode(text, add_special_tokens=False).ids
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids, without the special tokens."""
-        return self._model.decode(list(ids))
-
-    def _special_tokens(self) -> dict[str, int | None]:
-        found: dict[str, int | None] = dict.fromkeys(("eos", "bos", "pad"))
-        for name in ("special_tokens_map.json", "tokenizer_config.json"):
-            file = self.path.with_name(name)
-            config = _read_json(file) if file.exists() else {}
-            for key in found:
-                token = config.get(f"{key}_token")
-                token = token.get("content") if isinstance(token, dict) else token
-                if isinstance(token, str):
-                    found[key] = self._model.token_to_id(token)
-        return found
-
-
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer at `path`.
 
-    path: a folder of `ling tokenizer train`, a SentencePiece .model, a Hugging Face tokenizer.json or its folder.
+    path: a folder of `ling tokenizer train`, a SentencePiece .model, a Hugging Face tokenizer.json, or a folder of
+    Hugging Face's.
     Raises UserError where there is none, where its file is damaged, or where the package to read it is missing.
     """
+    from ling.data.huggingface import AutoTokenizer, FastTokenizer
+
     path = Path(path)
     if not path.exists():
         raise UserError(f"tokenizer {path}: no such file or folder; make one with `ling tokenizer train`")
     if path.is_file():
-        return HuggingFaceTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
+        return FastTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
     if (path / METADATA_FILE).exists():
         tokenizer = SentencePieceTokenizer(path / MODEL_FILE)
-        noted = _read_json(path / METADATA_FILE).get("fingerprint")
+        noted = read_json(path / METADATA_FILE).get("fingerprint")
         if noted != tokenizer.fingerprint:
             raise UserError(
                 f"{path / MODEL_FILE} is not the model that {METADATA_FILE} beside it describes: train it anew"
             )
         return tokenizer
     if (path / "tokenizer.json").exists():
-        return HuggingFaceTokenizer(path / "tokenizer.json")
+        return FastTokenizer(path / "tokenizer.json")
     if (path / MODEL_FILE).exists():
         return SentencePieceTokenizer(path / MODEL_FILE)
+    if (path / "tokenizer_config.json").exists():
+        return AutoTokenizer(path)
     raise UserError(f"tokenizer {path}: the folder has neither {MODEL_FILE} nor tokenizer.json")
 
 
@@ -157,36 +144,53 @@ def fingerprint_of(model: bytes) -> str:
 
 
 def train_sentencepiece(
-    inputs: Sequence[Path],
+    inputs: Sequence[str | Path],
     vocab_size: int,
     output: Path,
     model_type: str = "bpe",
     *,
     field: str = "text",
     split_digits: bool = True,
+    byte_fallback: bool = True,
+    normalization: str = "identity",
     character_coverage: float = 0.9995,
     user_symbols: Sequence[str] = (),
+    vocab_multiple: int = 1,
 ) -> Tokenizer:
-    """Train a SentencePiece model whose encoding gives every text back exactly, and write it to the folder `output`.
+    """Train a SentencePiece model and write it to the folder `output`.
 
-    inputs: text or JSONL files (`field` holds the text), plain or gzipped. The model has `vocab_size` tokens: unknown,
-    begin, end, 256 bytes, `user_symbols`, and learned pieces; the same inputs and options give the same bytes.
+    With the defaults its encoding gives every text back exactly.
+
+    inputs: see `find_inputs`; `field` holds the text of JSONL and Parquet. The model has `vocab_size` tokens: unknown,
+    begin, end, 256 bytes (with byte_fallback), `user_symbols`, and learned pieces; and reserved ones, <|reserved_0|>
+    and so on, which no text is encoded to, up to a multiple of `vocab_multiple`. The same inputs and options give the
+    same bytes. normalization: SentencePiece's rule, one of NORMALIZATIONS.
     Raises UserError for a non-empty output, an unreadable input or an impossible vocabulary; then nothing is written.
     """
-    if model_type not in MODEL_TYPES:
-        raise UserError(f"--type {model_type}: choose one of {', '.join(MODEL_TYPES)}")
+    for option, value, choices in (("type", model_type, MODEL_TYPES), ("normalization", normalization, NORMALIZATIONS)):
+        if value not in choices:
+            raise UserError(f"--{option} {value}: choose one of {', '.join(choices)}")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} exists already: choose another --output, or remove it")
-    check_inputs(inputs)
+    sources = find_inputs(inputs)
+    padding = -vocab_size % vocab_multiple
     options: dict[str, Any] = {
-        "vocab_size": vocab_size,
+        "vocab_size": vocab_size + padding,
         "model_type": model_type,
         "split_digits": split_digits,
+        "byte_fallback": byte_fallback,
+        "normalization_rule_name": normalization,
         "character_coverage": character_coverage,
         "user_defined_symbols": list(user_symbols),
+        "control_symbols": [f"<|reserved_{number}|>" for number in range(padding)],
     }
-    sources = [Source(path) for path in inputs]
-    model = _train(_sentences(sources, field), options)
+    model = _train(iter_sentences(sources, field), options)
+    _write_folder(output, model, options, [source.describe() for source in sources])
+    return load_tokenizer(output)
+
+
+def _write_folder(output: Path, model: bytes, options: dict[str, Any], sources: list[dict[str, object]]) -> None:
+    """The tokenizer's folder, written aside and renamed."""
     partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
     try:
         partial.mkdir(parents=True)
@@ -201,7 +205,7 @@ def train_sentencepiece(
             "bos_id": tokenizer.bos_id,
             "pad_id": tokenizer.pad_id,
             "options": options,
-            "sources": [source.describe() for source in sources],
+            "sources": sources,
         }
         (partial / METADATA_FILE).write_text(json.dumps(metadata, indent=2) + "\n")
         os.replace(partial, output)
@@ -209,7 +213,6 @@ def train_sentencepiece(
         raise UserError(f"{output} cannot be written ({error.strerror})") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return load_tokenizer(output)
 
 
 def _train(sentences: Iterator[str], options: dict[str, Any]) -> bytes:
@@ -234,11 +237,9 @@ def _train(sentences: Iterator[str], options: dict[str, Any]) -> bytes:
             sentence_iterator=guarded(),
             model_writer=model,
             **options,
-            normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             add_dummy_prefix=False,
             allow_whitespace_only_pieces=True,
-            byte_fallback=True,
             unk_id=0,
             bos_id=1,
             eos_id=2,
@@ -260,7 +261,8 @@ def _train(sentences: Iterator[str], options: dict[str, Any]) -> bytes:
     return model.getvalue()
 
 
-def _sentences(sources: Sequence[Source], field: str) -> Iterator[str]:
+def iter_sentences(sources: Sequence[Input], field: str) -> Iterator[str]:
+    """The lines that SentencePiece trains on, long ones in parts."""
     for text in iter_texts(sources, field):
         for line in text.splitlines():
             for start in range(0, len(line), LONGEST_SENTENCE // 4):
@@ -271,16 +273,18 @@ def _id_or_none(token_id: int) -> int | None:
     return token_id if token_id >= 0 else None
 
 
-def _read_bytes(path: Path) -> bytes:
+def read_bytes(path: Path) -> bytes:
+    """A file of a tokenizer. Raises UserError."""
     try:
         return path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a tokenizer. Raises UserError."""
     try:
-        value = json.loads(_read_bytes(path))
+        value = json.loads(read_bytes(path))
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}): the tokenizer is damaged, train or fetch it anew") from error
     if not isinstance(value, dict):

@@ -97,4 +97,5 @@ def config(tokenizer_dir, prefix, other_prefix) -> Config:
     made.data.tokenizer = str(tokenizer_dir)
     made.data.sequence_length = 32
     made.train.global_batch_size = 4
+    made.train.train_iters = 10
     return made

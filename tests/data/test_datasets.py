@@ -18,14 +18,13 @@ from ling.data.blend import BLOCK, Blend
 from ling.data.datasets import (
     BatchIterator,
     SampleStream,
-    SourceSamples,
     build_train_stream,
     build_valid_streams,
     check_data,
     eval_batches,
-    permutation,
 )
 from ling.data.index_file import read_index
+from ling.data.samples import SourceSamples, permutation
 
 S = 32
 
@@ -40,7 +39,7 @@ def test_an_epoch_has_each_document_once_and_its_samples_follow_on(prefix):
     part = SourceSamples(index, S, seed=3, number=0, shuffle=True)
     documents = np.split(index.tokens, np.cumsum(index.lengths)[:-1])
     for number in (0, 1):
-        epoch = part._epoch(number)
+        epoch = part.epoch(number)
         assert sorted(epoch.documents) == list(range(300))
         run = np.concatenate([documents[i] for i in epoch.documents])
         assert sorted(epoch.samples) == list(range(part.num_samples))
@@ -48,8 +47,8 @@ def test_an_epoch_has_each_document_once_and_its_samples_follow_on(prefix):
             sample = part.tokens(number * part.num_samples + within)
             np.testing.assert_array_equal(sample, run[place * S : place * S + S + 1])
         assert 0 < len(run) - part.num_samples * S <= S
-    assert part._epoch(0).documents.tolist() != part._epoch(1).documents.tolist()
-    assert part._epoch(0).samples.tolist() != part._epoch(1).samples.tolist()
+    assert part.epoch(0).documents.tolist() != part.epoch(1).documents.tolist()
+    assert part.epoch(0).samples.tolist() != part.epoch(1).samples.tolist()
 
 
 def test_unshuffled_is_the_order_of_the_file(prefix):

@@ -50,8 +50,21 @@ def test_damage_is_found(tmp_path, prefix):
     Path(copy + ".idx").write_bytes(idx)
     with pytest.raises(UserError, match="document 6 does not follow"):
         statistics(copy)
+    idx = bytearray(Path(prefix + ".idx").read_bytes())
+    idx[-8] ^= 1  # the last document mark
+    Path(copy + ".idx").write_bytes(idx)
+    with pytest.raises(UserError, match="document marks do not count"):
+        statistics(copy)
+    Path(copy + ".idx").write_bytes(Path(prefix + ".idx").read_bytes() + bytes(8))
+    with pytest.raises(UserError, match="longer than it says"):
+        statistics(copy)
     Path(copy + ".idx").write_bytes(Path(prefix + ".idx").read_bytes())
     tokens = np.array(index.tokens)
+    tokens[index.lengths[:3].sum() - 1] = 7
+    Path(copy + ".bin").write_bytes(tokens.tobytes())
+    with pytest.raises(UserError, match="document 2 has no end token"):
+        statistics(copy)
+    tokens = np.array(read_index(prefix).tokens)
     tokens[4] = 60_000
     Path(copy + ".bin").write_bytes(tokens.tobytes())
     with pytest.raises(UserError, match="token id 60000, its tokenizer 320 tokens"):
@@ -96,5 +109,7 @@ def test_bad_lines_are_shown(tmp_path, tokenizer_dir, capsys):
     said = capsys.readouterr()
     assert "1 documents" in said.out
     assert "12 bad" in said.out
-    assert said.err.count("skipped") == 11
+    assert [line.split()[0] for line in said.err.splitlines()] == ["skipped"] * 11
     assert "skipped 2 more" in said.err
+    listed = (tmp_path / "o.skipped.txt").read_text().splitlines()
+    assert [int(line.split("bad.jsonl:")[1].split(":")[0]) for line in listed] == list(range(2, 14))

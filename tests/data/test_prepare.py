@@ -13,8 +13,9 @@ import pytest
 
 from ling.config.errors import UserError
 from ling.data.index_file import check_prefix, read_index
-from ling.data.prepare import CHUNK_RECORDS, Progress, prepare
-from ling.data.records import Source
+from ling.data.inputs import BLOCK_BYTES, Input
+from ling.data.prepare import Progress, prepare
+from ling.data.records import records_of
 
 SUFFIXES = (".bin", ".idx", ".json")
 
@@ -50,10 +51,12 @@ def test_side_file_tells_where_it_comes_from(prefix, jsonl, texts, tokenizer):
 
 def test_output_does_not_depend_on_workers(tmp_path, tokenizer_dir):
     source = tmp_path / "many.jsonl"
-    source.write_text("".join(json.dumps({"text": f"number {i} " * (i % 7)}) + "\n" for i in range(3 * CHUNK_RECORDS)))
+    count = 3 * BLOCK_BYTES // 80
+    source.write_text("".join(json.dumps({"text": f"number {i} " * (i % 7 * 3)}) + "\n" for i in range(count)))
+    assert source.stat().st_size > 2 * BLOCK_BYTES
     counts = [prepare([source], tokenizer_dir, tmp_path / f"w{n}", workers=n) for n in (1, 2)]
     assert counts[0] == counts[1]
-    assert counts[0].empty_documents == -(-3 * CHUNK_RECORDS // 7)
+    assert counts[0].empty_documents == -(-count // 7)
     for suffix in SUFFIXES:
         assert (tmp_path / f"w1{suffix}").read_bytes() == (tmp_path / f"w2{suffix}").read_bytes()
 
@@ -73,7 +76,8 @@ def test_text_files_gzip_and_separators(tmp_path, tokenizer_dir, tokenizer):
     counts = prepare([many], tokenizer_dir, tmp_path / "b", separator=r"\*+")
     assert documents_of(tmp_path / "b", tokenizer) == ["One\nmore", "Two"]
     assert counts.empty_documents == 1
-    assert [record.line for record in Source(many).records("")] == [1, 5]
+    (block,) = Input(many, "text").blocks("text", "")
+    assert [record.line for record in records_of(block)] == [1, 5]
 
 
 def test_bytes_that_are_no_text_are_mended_and_counted(tmp_path, tokenizer_dir, tokenizer):
@@ -118,8 +122,16 @@ def test_wrong_input_leaves_nothing(tmp_path, tokenizer_dir, jsonl, prefix):
 
     refused("no input files", [])
     refused("no such file", [tmp_path / "none.txt"])
-    refused("is a folder", [tmp_path])
-    refused("is not read", [_touch(tmp_path / "a.parquet")])
+    (tmp_path / "folder").mkdir()
+    refused("is a folder: name its files.*none of them is .jsonl, .ndjson, .txt", [tmp_path / "folder"])
+    refused("no file matches", [tmp_path / "*.jsonl"])
+    refused("named twice", [jsonl, jsonl])
+    refused("is not read", [_touch(tmp_path / "a.zip")])
+    refused("--format csv: choose", [jsonl], input_format="csv")
+    refused("share of the documents between", [jsonl], split={"valid": 1.5})
+    refused("leave some for train", [jsonl], split={"valid": 0.5, "test": 0.5})
+    refused("a name such as valid", [jsonl], split={"train": 0.5})
+    refused("--split-seed -1", [jsonl], split_seed=-1)
     refused("give 1 or more", [jsonl], workers=0)
     refused("stop, skip", [jsonl], on_error="ask")
     refused("no regular expression", [jsonl], separator="(")

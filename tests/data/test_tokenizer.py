@@ -57,6 +57,34 @@ def test_user_symbols_are_one_token(tmp_path, jsonl):
     assert trained.decode(trained.encode("a <|user|> b")) == "a <|user|> b"
 
 
+def test_vocabulary_is_padded_with_reserved_tokens(tmp_path, jsonl):
+    plain = train_sentencepiece([jsonl], 310, tmp_path / "plain")
+    padded = train_sentencepiece([jsonl], 310, tmp_path / "padded", vocab_multiple=128)
+    assert (plain.vocab_size, padded.vocab_size) == (310, 384)
+    text = "the quick <|reserved_0|> <|reserved_73|>"
+    assert len(padded.encode(text)) == len(plain.encode(text))  # as text
+    assert padded.decode(padded.encode(text)) == text
+
+
+def test_normalisation_and_byte_fallback(tmp_path, jsonl):
+    folded = train_sentencepiece([jsonl], 310, tmp_path / "folded", normalization="nfkc_cf")
+    assert folded.decode(folded.encode("ﬁ ① THE")) == "fi 1 the"
+    lossy = train_sentencepiece([jsonl], 120, tmp_path / "lossy", byte_fallback=False)
+    assert 0 in lossy.encode("漢")
+    (tmp_path / "digits.txt").write_text("1623 " * 99)
+    joined = train_sentencepiece([tmp_path / "digits.txt"], 267, tmp_path / "joined", split_digits=False)
+    assert len(joined.encode("1623")) < 4
+    with pytest.raises(UserError, match="--normalization latin: choose one of identity, nfkc"):
+        train_sentencepiece([jsonl], 310, tmp_path / "x", normalization="latin")
+
+
+def test_files_are_all_that_a_copy_needs(tmp_path, tokenizer):
+    assert [path.name for path in tokenizer.files] == ["tokenizer.model", "ling_tokenizer.json"]
+    for path in tokenizer.files:
+        shutil.copy(path, tmp_path)
+    assert load_tokenizer(tmp_path).fingerprint == tokenizer.fingerprint
+
+
 def test_text_and_gzip_are_read(tmp_path, texts, tokenizer):
     plain = tmp_path / "text.txt"
     plain.write_text("\n".join(texts))
@@ -132,14 +160,32 @@ def test_hugging_face_tokenizer(tmp_path):
     model = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
     model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     model.add_special_tokens(["<end>"])
+    model.enable_truncation(3)
+    model.enable_padding(length=8)
     model.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(UserError, match="tokenizer_config.json with eos_token"):
         load_tokenizer(tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<end>"}, "bos_token": None}))
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(json.dumps({"eos_token": {"content": "<end>"}, "bos_token": None}))
     loaded = load_tokenizer(tmp_path)
     assert loaded.encode("b a") == [1, 0]
+    assert loaded.encode("a " * 9) == [0] * 9  # neither cut nor padded
+    assert 3 not in loaded.encode("a <end> b")  # the text does not end there
+    assert [ids.tolist() for ids in loaded.encode_batch(["b a", "", "a <end>"])] == [
+        loaded.encode(text) for text in ("b a", "", "a <end>")
+    ]
     assert (loaded.vocab_size, loaded.eos_id, loaded.bos_id, loaded.pad_id) == (4, 3, None, None)
+    assert [path.name for path in loaded.files] == ["tokenizer.json", "tokenizer_config.json"]
     assert loaded.fingerprint == load_tokenizer(tmp_path / "tokenizer.json").fingerprint
+    config.write_text(json.dumps({"eos_token": "b"}))
+    assert loaded.fingerprint != load_tokenizer(tmp_path).fingerprint
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match="no Hugging Face tokenizer"):
+        load_tokenizer(tmp_path)
+
+
+def test_other_folders_go_to_transformers(tmp_path, monkeypatch):
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(UserError, match="has no tokenizer.json; to read it as it is, pip install transformers"):
         load_tokenizer(tmp_path)
