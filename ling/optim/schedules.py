@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ling.config.errors import UserError
-from ling.config.schema import OptimConfig
+from ling.config.schema import OptimConfig, TrainConfig
 
 # Progress of the decay, 0 to 1, to the part of lr - min_lr that is left, 1 to 0.
 _SHAPES: dict[str, Callable[[float], float]] = {
@@ -57,6 +57,22 @@ def learning_rate(step: int, optim: OptimConfig, train_iters: int) -> float:
         return optim.min_lr
     progress = max(0.0, (step - start) / (end - start))
     return optim.min_lr + (optim.lr - optim.min_lr) * _SHAPES[shape](progress)
+
+
+def recovery_factor(steps: int, train: TrainConfig) -> float:
+    """What the learning rate is multiplied with after a run began from another run's weights.
+
+    A model whose activation was exchanged has weights that fit the old one; small steps let it settle before the full
+    rate could throw it further off.
+
+    Args:
+        steps: updates since the run began, the present one included.
+        train: `recovery_steps` and `recovery_lr_factor`.
+
+    Returns:
+        The factor for the first `recovery_steps` updates, then 1.
+    """
+    return train.recovery_lr_factor if steps <= train.recovery_steps else 1.0
 
 
 def set_learning_rate(optimizer: Any, lr: float) -> None:

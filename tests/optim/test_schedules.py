@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from ling.config.errors import UserError
-from ling.config.schema import OptimConfig
-from ling.optim.schedules import learning_rate, set_learning_rate
+from ling.config.schema import OptimConfig, TrainConfig
+from ling.optim.schedules import learning_rate, recovery_factor, set_learning_rate
 
 ITERS, WARMUP = 100, 10
 
@@ -95,3 +95,10 @@ def test_the_rate_reaches_every_group():
     optimizer = torch.optim.SGD([{"params": params[:1]}, {"params": params[1:], "lr_mult": 0.5}], lr=1.0)
     set_learning_rate(optimizer, 2e-3)
     assert [group["lr"] for group in optimizer.param_groups] == [2e-3, 1e-3]
+
+
+def test_recovery_ends_after_its_steps():
+    train = TrainConfig(train_iters=ITERS, global_batch_size=1, recovery_steps=3, recovery_lr_factor=0.25)
+    assert [recovery_factor(steps, train) for steps in range(1, 6)] == [0.25, 0.25, 0.25, 1.0, 1.0]
+    off = TrainConfig(train_iters=ITERS, global_batch_size=1)
+    assert {recovery_factor(steps, off) for steps in range(1, 6)} == {1.0}
