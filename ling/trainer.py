@@ -5,9 +5,9 @@ from __future__ import annotations
 import gc
 import math
 import time
+import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +15,20 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
 
-from ling.checkpoint import folder as checkpoint_folder
-from ling.checkpoint import sharded
+from ling.checkpoint.manager import CheckpointManager, Position
 from ling.config import Config
 from ling.config.derived import num_microbatches
-from ling.config.report import to_dict
 from ling.data.datasets import BatchIterator, SampleStream, eval_batches
+from ling.job.control import JobControl
+from ling.job.progress import LOSS_SUM
 from ling.model.forward import forward_step, take_mtp_loss
 from ling.model.router import update_expert_bias
+from ling.model.scalars import sum_scalar_gradients
 from ling.observe import console
 from ling.observe.loggers import Loggers
 from ling.observe.throughput import Throughput
 from ling.optim.megatron import set_hyperparameters
-from ling.optim.schedules import learning_rate, set_learning_rate
+from ling.optim.schedules import learning_rate, recovery_factor, set_learning_rate
 from ling.parallel import groups
 from ling.parallel.schedule import forward_backward
 from ling.platform import Platform
@@ -54,13 +55,19 @@ class Trainer:
     valid_streams: dict[str, SampleStream]
     loggers: Loggers
     throughput: Throughput
+    job: JobControl = field(default_factory=JobControl)
     step: int = 0
     consumed_samples: int = 0
     last_loss: float | None = None
+    origin: dict[str, Any] | None = None
+    """`{checkpoint, step}` that the run began from, where `checkpoint.load` named one."""
+    owes_evaluation: bool = False
+    """Whether the step that this run continues from was not evaluated, though it should have been."""
 
     def __post_init__(self) -> None:
-        self.forward = partial(forward_step, device=self.platform.device)
         self.num_microbatches = num_microbatches(self.config, self.world.size)
+        self._data_sum = 0
+        self.checkpoints = CheckpointManager(self.config, self.run_dir, self.chunks, self.optimizer, self._print)
         model_config = self.chunks[0].config
         model_config.finalize_model_grads_func = finalize_step
         model_config.grad_scale_func = self.optimizer.scale_loss
@@ -72,27 +79,41 @@ class Trainer:
             gather = [chunk.start_param_sync for chunk in self.chunks]
             model_config.param_sync_func = gather[0] if single else gather
 
+    @property
+    def is_stopped(self) -> bool:
+        """Whether the run ends here on purpose, before its last step."""
+        return self.job.cause is not None and self.step < self.config.train.train_iters
+
     def run(self) -> None:
-        """Train to `train.train_iters`, evaluating and saving on the way and at the end."""
+        """Train to `train.train_iters`, evaluating and saving on the way and at the end; or until the job must stop."""
         train, save_interval = self.config.train, self.config.checkpoint.save_interval
         batches = self._iterators(self.train_stream, self.consumed_samples, self.config.data.num_workers)
         self._own_garbage_collection()
         evaluated = saved = self.step
-        while self.step < train.train_iters:
+        if self.owes_evaluation:
+            self.evaluate()
+        while self.step < train.train_iters and not self.is_stopped:
+            start = time.monotonic()
             record = self.train_step(batches)
             self._log_step(record)
-            if train.eval_interval and self.step % train.eval_interval == 0:
+            self.checkpoints.poll()
+            self.evaluate_merge()
+            if not self.is_stopped and train.eval_interval and self.step % train.eval_interval == 0:
                 self.evaluate()
                 evaluated = self.step
+            self.job.deadline.measured_step(time.monotonic() - start)
             if save_interval and self.step % save_interval == 0:
-                self.save()
+                self._save_timed(final=self.step == train.train_iters or self.is_stopped)
                 saved = self.step
+                self.evaluate_merge()
             if train.gc_interval and self.step % train.gc_interval == 0:
                 gc.collect()
-        if evaluated != self.step:
+        if evaluated != self.step and not self.is_stopped:
             self.evaluate()
         if saved != self.step:
-            self.save()
+            self._save_timed(final=True)
+        self.checkpoints.close()
+        self.evaluate_merge()
 
     def train_step(self, batches: list[Iterator[Any]]) -> dict[str, Any]:
         """One update of the weights from one global batch; what there is to log of it.
@@ -102,14 +123,20 @@ class Trainer:
         """
         start = time.perf_counter()
         config, train = self.config, self.config.train
+        self.job.progress.mark("forward and backward", self.step + 1)
         lr = learning_rate(self.step + 1, config.optim, train.train_iters)
+        if self.origin is not None:
+            lr *= recovery_factor(self.step + 1 - self.origin["step"], train)
         set_learning_rate(self.optimizer, lr)
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        reports = self._run_microbatches(batches, self.num_microbatches)
-        losses = self._reduce(reports, take_mtp_loss())
+        self._data_sum = 0
+        reports = self._run_microbatches(self._checked(batches), self.num_microbatches)
+        self.job.progress.mark(LOSS_SUM)
+        losses, data_crc32 = self._reduce(reports, take_mtp_loss(), self._data_sum)
+        self.job.progress.mark("optimizer")
         _, grad_norm, _ = self.optimizer.step()
         self.step += 1
         self.consumed_samples += train.global_batch_size
@@ -123,6 +150,7 @@ class Trainer:
             "consumed_samples": self.consumed_samples,
             "consumed_tokens": self.consumed_samples * config.data.sequence_length,
             **losses,
+            "data_crc32": data_crc32,
             "grad_norm": grad_norm,
             "lr": lr,
             "global_batch_size": train.global_batch_size,
@@ -132,38 +160,41 @@ class Trainer:
         }
 
     @torch.no_grad()
-    def evaluate(self) -> dict[str, float]:
-        """Mean loss on each held-out source, over the same batches every time."""
+    def evaluate(self, suffix: str = "", **more: Any) -> dict[str, float]:
+        """Mean loss on each held-out source, over the same batches every time; `suffix` and `more` are for the log."""
         if not self.valid_streams:
             return {}
         for chunk in self.chunks:
             chunk.eval()
         losses = {}
         for name, stream in self.valid_streams.items():
+            self.job.progress.mark(f"evaluation of {name}")
             batches = self._iterators(stream, 0, 0)
             microbatches = self.num_microbatches * eval_batches(stream, self.config)
             reports = self._run_microbatches(batches, microbatches, forward_only=True)
-            losses[name] = self._reduce(reports, None)["loss"]
-        record = {"step": self.step, "eval": losses}
+            losses[name + suffix] = self._reduce(reports, None)[0]["loss"]
+        record = {"step": self.step, "eval": losses, **more}
         self.loggers.log(record)
         self._print(console.eval_line(record))
         return losses
 
-    def save(self) -> Path:
-        """Write the checkpoint of this step."""
+    def evaluate_merge(self) -> dict[str, float]:
+        """Where a checkpoint was completed: the losses of the newest ones' merge. The weights are put back after it."""
+        settings = self.config.checkpoint
+        if settings.merge_eval_last is None or self.is_stopped or not self.checkpoints.take_completed():
+            return {}
+        with self.checkpoints.merged(settings.merge_eval_last, settings.merge_eval_schedule) as steps:
+            return self.evaluate(f" (merge of {len(steps)})", merged=steps) if steps else {}
+
+    def save(self, final: bool = False) -> Path:
+        """Write the checkpoint of this step; `final`: the process ends after it, so not in the background.
+
+        Raises:
+            CheckpointError: it could not be written, and the run must not go on.
+        """
         self.gather_parameters()
-        folder = checkpoint_folder.step_folder(self.run_dir, self.step)
-        manifest = checkpoint_folder.Manifest(
-            step=self.step,
-            consumed_samples=self.consumed_samples,
-            config=to_dict(self.config),
-            world_size=self.world.size,
-            versions=sharded.versions(),
-            loss=self.last_loss,
-        )
-        sharded.save(folder, self.chunks, self.optimizer, manifest, Path(self.config.data.tokenizer))
-        self._print(f"saved {folder}")
-        return folder
+        position = Position(self.step, self.consumed_samples, self.last_loss, self.origin)
+        return self.checkpoints.save(position, final)
 
     def gather_parameters(self) -> None:
         """Complete the weights: with overlap the next forward pass would gather what other ranks have updated."""
@@ -171,17 +202,31 @@ class Trainer:
             for chunk in self.chunks:
                 chunk.start_param_sync(force_sync=True)
 
-    def load(self, folder: Path) -> None:
-        """Continue from a checkpoint of this run."""
-        manifest = checkpoint_folder.read_manifest(folder)
-        sharded.load(folder, self.chunks, self.optimizer)
-        set_hyperparameters(self.optimizer, self.config.optim)  # the checkpoint brought those of the run that saved it
-        self.step, self.consumed_samples, self.last_loss = manifest.step, manifest.consumed_samples, manifest.loss
-        self._print(f"resumed from {folder} at step {self.step}")
+    def load(self, folder: Path, is_own: bool = True) -> None:
+        """Continue from a checkpoint of this run; or begin from another run's, with what `checkpoint.load_*` say."""
+        settings = self.config.checkpoint
+        manifest = self.checkpoints.load(folder, moments=is_own or settings.load_optimizer)
+        set_hyperparameters(self.optimizer, self.config.optim)
+        if is_own or settings.load_step:
+            self.step, self.consumed_samples, self.last_loss = manifest.step, manifest.consumed_samples, manifest.loss
+        if is_own:
+            self.origin = manifest.origin
+            self.checkpoints.restore_random_states(folder, manifest)
+            self._print(f"resumed from {folder} at step {self.step}")
+        else:
+            self.origin = {"checkpoint": str(folder), "step": self.step}
+            optimizer = "with" if settings.load_optimizer else "without"
+            self._print(f"began from {folder} {optimizer} its optimizer, at step {self.step}")
+
+    def _save_timed(self, final: bool) -> None:
+        start = time.monotonic()
+        self.job.progress.mark("saving", is_slow=True)
+        self.save(final)
+        self.job.deadline.measured_save(max(time.monotonic() - start, self.checkpoints.last_save_s))
 
     def _run_microbatches(self, batches: list[Any], count: int, forward_only: bool = False) -> list[dict[str, Any]]:
         return forward_backward(
-            self.forward,
+            self._forward,
             batches,
             self.chunks,
             num_microbatches=count,
@@ -189,6 +234,18 @@ class Trainer:
             sequence_length=self.config.data.sequence_length,
             forward_only=forward_only,
         )
+
+    def _checked(self, batches: list[Iterator[Any]]) -> list[Iterator[Any]]:
+        """The same micro-batches, summing the CRC-32 of their samples: once for each, on the first rank that has it."""
+        if groups.tensor().rank or groups.pipeline().rank:
+            return batches
+
+        def summing(batches: Iterator[Any]) -> Iterator[Any]:
+            for batch in batches:
+                self._data_sum += sum(zlib.crc32(tokens) for tokens in batch["tokens"].numpy())
+                yield batch
+
+        return [summing(batches[0]), *batches[1:]]
 
     def _iterators(self, stream: SampleStream, consumed: int, num_workers: int) -> list[Iterator[Any]]:
         train, data = self.config.train, groups.data()
@@ -199,17 +256,28 @@ class Trainer:
             for _ in self.chunks
         ]
 
-    def _reduce(self, reports: list[dict[str, Any]], mtp_loss: torch.Tensor | None) -> dict[str, float]:
-        """Mean losses over all ranks, the same numbers on each. Ranks without a loss add nothing."""
-        sums = torch.zeros(4, dtype=torch.float64, device=self.platform.device)
+    def _forward(self, batches: Iterator[Any], model: Any) -> tuple[torch.Tensor, Any]:
+        self.job.progress.tick()
+        return forward_step(batches, model, self.platform.device)
+
+    def _reduce(
+        self, reports: list[dict[str, Any]], mtp_loss: torch.Tensor | None, data_sum: int = 0
+    ) -> tuple[dict[str, float], str]:
+        """Mean losses over all ranks and the checksum of their data, the same on each; ranks without a loss add
+        nothing. All ranks learn here, at the same moment, whether one of them wishes to stop."""
+        told = [float(data_sum), *self.job.wishes()]
+        sums = torch.tensor([0.0] * 4 + told, dtype=torch.float64, device=self.platform.device)
         if reports:
             sums[:2] = torch.stack([report["loss"] for report in reports]).sum(0)
             if mtp_loss is not None:
                 sums[2], sums[3] = mtp_loss, len(reports)
         dist.all_reduce(sums)
-        loss, tokens, mtp, microbatches = sums.tolist()
+        loss, tokens, mtp, microbatches, checksum, *wishes = sums.tolist()
+        self.job.agree(wishes)
         losses = {"loss": loss / tokens if tokens else math.nan}
-        return losses | {"mtp_loss": mtp / microbatches} if microbatches else losses
+        if microbatches:
+            losses["mtp_loss"] = mtp / microbatches
+        return losses, f"{int(checksum) % 2**32:08x}"  # exact: sums of up to 2^21 samples stay below 2^53
 
     def _report_nonfinite(self, loss: float, grad_norm: float) -> None:
         mine = first_nonfinite(self.chunks)
@@ -217,6 +285,7 @@ class Trainer:
         dist.all_gather_object(everyone, mine)
         found = [f"rank {rank}: {name}" for rank, name in enumerate(everyone) if name]
         where = f"first in the gradient of {found[0]}" if found else "in no gradient that is still in memory"
+        self.checkpoints.wait()  # what is being written in the background is of the time before
         raise NonFiniteError(f"step {self.step}: loss {loss}, gradient norm {grad_norm}; {where}")
 
     def _log_step(self, record: dict[str, Any]) -> None:
@@ -239,6 +308,7 @@ class Trainer:
 def finalize_step(model: list[Any], num_tokens: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> None:
     """After the last micro-batch: reduce the gradients over all groups, then move the routers' biases."""
     finalize_model_grads(model, num_tokens, *args, **kwargs)
+    sum_scalar_gradients(model)
     update_expert_bias(model)
 
 

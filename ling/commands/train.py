@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ling.commands import add_config_arguments, positive_int
 from ling.config import Config, UserError, check_config, load_config
 from ling.config.derived import run_dir
-from ling.config.load import from_dict
 from ling.config.report import diff, save_config, shown
 
 if TYPE_CHECKING:
+    from ling.job.lease import Lease
+    from ling.job.local_ranks import Ended
+    from ling.job.signals import StopSignals
     from ling.platform import Platform
 
 FREE_TO_CHANGE = (
@@ -27,10 +28,16 @@ FREE_TO_CHANGE = (
     "train.",
     "run.dir",
     "data.num_workers",
+    "data.cache_dir",
+    "data.max_epochs",
+    "data.test",
+    "launch.",
 )
 """Settings that may differ when a run is resumed: they change neither the model nor the order of the data."""
 
 NOT_FREE = ("train.global_batch_size",)
+PARTIAL = ".config.yaml.partial"
+EARLY_STOP = 75
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Start or resume a run; the exit code is 0, 75 for a deliberate early stop, 1 for a failure."""
+    started = time.monotonic()
+    from ling.job.local_ranks import LAUNCHER, die_with_launcher
+    from ling.job.signals import StopSignals
     from ling.parallel.groups import World, under_torchrun
 
     is_rank = under_torchrun()
@@ -48,13 +58,14 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(
             "--nproc: torchrun has started this process already; give the number of ranks to torchrun alone"
         )
-    world_size = World.from_environment().size if is_rank else args.nproc
-    config = load_config(args.config, args.overrides)
-    platform = _check(config, world_size)
-    if is_rank or args.nproc == 1:
-        return _run_rank(config, platform)
-    _claim_folder(config)
-    return _run_torchrun(args, run_dir(config))
+    if is_rank:
+        die_with_launcher()
+    elif args.nproc > 1:
+        return _run_local_ranks(args)
+    with StopSignals(speak=World.from_environment().is_main and LAUNCHER not in os.environ) as signals:
+        config = load_config(args.config, args.overrides)
+        platform = _check(config, World.from_environment().size)
+        return _run_rank(config, platform, signals, started)
 
 
 def _check(config: Config, world_size: int) -> Platform:
@@ -69,13 +80,13 @@ def _check(config: Config, world_size: int) -> Platform:
     check_data(config)
     from ling.parallel.groups import World
     from ling.platform import get_platform
-    from ling.platform.select import choose, precision_recipe
+    from ling.platform.select import choose_for, precision_recipe
 
     platform = get_platform(config.runtime.platform)
     platform.start(World.from_environment().local_rank, config.runtime.num_threads)
-    choose(config.runtime, platform.name)
-    _check_loggers(config)
     config.precision.recipe = precision_recipe(config.precision, platform)
+    choose_for(config, platform.name)
+    _check_loggers(config)
     from ling.model.build import check_model_config
 
     check_model_config(config)
@@ -93,26 +104,42 @@ def _check_loggers(config: Config) -> None:
             raise UserError(f"observe.{name}: {name}: {problem}; pip install {name}, or set observe.{name}={off}")
 
 
-def _claim_folder(config: Config) -> None:
-    """Make the run's folder this config's, or see that it already is; the newest start's config is kept in it.
+def _claim_folder(config: Config) -> Lease:
+    """Make the run's folder this job's, or see that it cannot be; the newest start's config is kept in it.
 
     Raises:
-        UserError: the folder belongs to another run, holds something else, or cannot be written.
+        UserError: the folder belongs to another run or is in use, holds something else, or cannot be written.
     """
+    from ling.job.attempts import end_killed_attempt
+    from ling.job.lease import acquire
+    from ling.job.outcome import forget_outcome
+
     folder = run_dir(config)
-    known, partial = folder / "config.yaml", folder / ".config.yaml.partial"
     try:
-        if known.is_file():
-            _refuse_changes(folder, load_config(known), config)
-            _check_checkpoint(folder, config)
-        elif folder.exists() and (not folder.is_dir() or any(path != partial for path in folder.iterdir())):
-            raise UserError(f"{folder} is not empty and no run of ling: give another run.name or run.dir, or empty it")
-        folder.mkdir(parents=True, exist_ok=True)
-        save_config(config, partial)
-        partial.rename(known)
-        _outcome_file(folder).unlink(missing_ok=True)  # of the attempt before
+        _check_folder(folder, config)
+        lease = acquire(folder)
+        try:
+            _check_folder(folder, config)  # another job may have had it until now
+            end_killed_attempt(folder)
+            forget_outcome(folder)
+            save_config(config, folder / PARTIAL)
+            (folder / PARTIAL).rename(folder / "config.yaml")
+        except BaseException:
+            lease.release()
+            raise
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error.strerror}): give another run.dir") from error
+    return lease
+
+
+def _check_folder(folder: Path, config: Config) -> None:
+    """See that a run's folder is this run's, or free; writes nothing."""
+    known = folder / "config.yaml"
+    if known.is_file():
+        _refuse_changes(folder, load_config(known), config)
+    elif folder.exists() and (not folder.is_dir() or {path.name for path in folder.iterdir()} - {PARTIAL, "job"}):
+        raise UserError(f"{folder} is not empty and no run of ling: give another run.name or run.dir, or empty it")
+    _check_checkpoint(folder, config)
 
 
 def _refuse_changes(folder: Path, old: Config, new: Config) -> None:
@@ -133,67 +160,84 @@ def _refuse_changes(folder: Path, old: Config, new: Config) -> None:
 
 
 def _check_checkpoint(folder: Path, config: Config) -> None:
-    """See that the checkpoint which this start will resume from is whole, and loads on this layout."""
-    from ling.checkpoint.folder import newest, read_manifest
+    """See that the checkpoint which this start will begin with, the run's own or another's, fits this run's model."""
+    from ling.checkpoint.start import check_start
 
-    checkpoint = newest(folder)
-    if checkpoint is None:
-        return
-    old, new = from_dict(read_manifest(checkpoint).config, str(checkpoint)).parallel, config.parallel
-    if (old.expert_model_parallel_size > 1) != (new.expert_model_parallel_size > 1):
-        raise UserError(
-            f"{checkpoint} was saved with parallel.expert_model_parallel_size={old.expert_model_parallel_size}: the "
-            "optimizer cannot go from expert parallelism to none or back yet; resume with "
-            + ("more than 1" if old.expert_model_parallel_size > 1 else "1")
-        )
-    if old.use_distributed_optimizer != new.use_distributed_optimizer:
-        was = shown(old.use_distributed_optimizer)
-        raise UserError(
-            f"{checkpoint} was saved with parallel.use_distributed_optimizer={was}, and loads with that only; set it so"
-        )
+    check_start(config, folder)
 
 
-def _run_rank(config: Config, platform: Platform) -> int:
+def _run_rank(config: Config, platform: Platform, signals: StopSignals, started: float) -> int:
     from ling.checkpoint.folder import newest
+    from ling.checkpoint.manager import CheckpointError
+    from ling.job.control import JobControl
+    from ling.job.deadline import find_deadline
+    from ling.job.rank import LAUNCHER, RankJob
     from ling.parallel.groups import World
     from ling.train import train
     from ling.trainer import NonFiniteError
 
-    is_main = World.from_environment().is_main
-    if is_main:
-        _claim_folder(config)
+    world, folder = World.from_environment(), run_dir(config)
+    control = JobControl(signals, find_deadline(config.train.time_limit, started))
+    job = RankJob(folder, world.rank, world.size, world.local_ranks, control)
+
+    def claim() -> None:
+        if LAUNCHER not in os.environ:
+            job.lease = _claim_folder(config)
+
     try:
-        trainer = train(config, platform)
-    except NonFiniteError as error:
-        if is_main:
-            last = newest(run_dir(config))
+        trainer = train(config, platform, job, claim, started)
+    except UserError as error:
+        if job.is_noted and world.size > 1:  # on this rank only, perhaps
+            return job.fail(error)
+        job.end_badly({"reason": "failed", "error": str(error)})
+        if world.is_main:
+            raise
+        return 2
+    except (NonFiniteError, CheckpointError) as error:  # raised on all ranks at once
+        if world.is_main:
+            last = newest(folder)
             print(f"ling: error: {error}; the last good checkpoint is {last or 'none'}", file=sys.stderr, flush=True)
-            _write_outcome(run_dir(config), {"reason": "non-finite", "error": str(error)})
+        reason = "non-finite" if isinstance(error, NonFiniteError) else "not saved"
+        job.end_badly({"reason": reason, "step": job.control.progress.step, "error": str(error)})
         return 1
-    if is_main:
-        _write_outcome(run_dir(config), {"reason": "done", "step": trainer.step})
-    return 0
+    except Exception as error:
+        return job.fail(error)
+    return EARLY_STOP if trainer.is_stopped and world.size == 1 else 0
 
 
-def _run_torchrun(args: argparse.Namespace, folder: Path) -> int:
-    cores = len(os.sched_getaffinity(0))
-    environment = {"OMP_NUM_THREADS": str(max(1, cores // args.nproc)), **os.environ}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.nproc}"]
-    code = subprocess.call([*command, "-m", "ling", "train", args.config, *args.overrides], env=environment)
+def _run_local_ranks(args: argparse.Namespace) -> int:
+    config = load_config(args.config, args.overrides)
+    _check(config, args.nproc)
+    from ling.job.local_ranks import run_local_ranks
+
+    lease = _claim_folder(config)
     try:
-        reason = json.loads(_outcome_file(folder).read_text())["reason"]
-    except (OSError, ValueError, KeyError):
-        return 1
-    return {"done": 0, "stopped": 75}.get(reason, 1) if code == 0 else 1
+        ended = run_local_ranks(args.nproc, ["train", args.config, *args.overrides])
+        return _exit_code(run_dir(config), ended)
+    finally:
+        lease.release()
 
 
-def _outcome_file(folder: Path) -> Path:
-    return folder / "job" / "outcome.json"
+def _exit_code(folder: Path, ended: Ended) -> int:
+    """What became of the ranks, as an exit code and, after a failure, as the last line on the console."""
+    from ling.checkpoint.folder import newest
+    from ling.job.attempts import end_killed_attempt
+    from ling.job.outcome import in_words, read_outcome, write_failure
 
-
-def _write_outcome(folder: Path, outcome: dict[str, object]) -> None:
-    path = _outcome_file(folder)
-    path.parent.mkdir(exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(outcome) + "\n")
-    partial.rename(path)
+    outcome = read_outcome(folder)
+    if ended.failure is None and outcome is not None:
+        return {"done": 0, "stopped": EARLY_STOP}.get(str(outcome.get("reason")), 1)
+    if ended.failure is not None and not ended.is_interrupted:
+        outcome, _ = write_failure(folder, ended.failure)
+    end_killed_attempt(folder)
+    if ended.is_interrupted:
+        words, code = "interrupted at once, nothing was saved", 130
+    else:
+        words, code = in_words(outcome), 1
+        if ended.failure is not None and outcome is not None and outcome["reason"] in ("done", "stopped"):
+            words = f"the run {words}, but then {ended.failure.words()}"
+    if outcome is None or outcome["reason"] not in ("non-finite", "not saved"):  # those have been said
+        last = newest(folder)
+        advice = f"the same command continues from {last}" if last else "there is no checkpoint yet"
+        print(f"ling: error: {words}; {advice}", file=sys.stderr, flush=True)
+    return code

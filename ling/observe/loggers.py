@@ -191,6 +191,13 @@ class Loggers:
         for logger in self.loggers:
             logger.log(record)
 
+    def set_attempt(self, attempt: int) -> None:
+        """The number that records carry from here on."""
+        self.attempt = attempt
+        for logger in self.loggers:
+            if isinstance(logger, JsonlLogger):
+                logger.file.attempt = attempt
+
     def close(self) -> None:
         """Close every logger."""
         for logger in self.loggers:

@@ -35,6 +35,12 @@ class World:
         """Whether this is rank 0, which writes files and speaks to the user."""
         return self.rank == 0
 
+    @property
+    def local_ranks(self) -> range:
+        """The ranks on this machine."""
+        first = self.rank - self.local_rank
+        return range(first, first + self.local_size)
+
 
 _ENVIRONMENT = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
 

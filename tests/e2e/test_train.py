@@ -16,6 +16,7 @@ from tests.e2e.cli import complete, kill, ling, start
 STEP_FIELDS = {
     "step", "consumed_samples", "consumed_tokens", "loss", "mtp_loss", "grad_norm", "lr", "global_batch_size",
     "tokens_per_s", "tokens_per_s_per_device", "tflops_per_device", "mfu", "step_ms", "peak_memory_gib", "attempt",
+    "data_crc32",
 }  # fmt: skip
 
 
@@ -72,7 +73,8 @@ def test_metrics_have_a_line_per_step(finished):
         assert record["attempt"] == 1
         assert record["mfu"] is None  # the peak of a CPU is not known
         assert record["tokens_per_s"] == pytest.approx(4 * 32 / (record["step_ms"] / 1e3))
-        assert all(math.isfinite(record[key]) and record[key] > 0 for key in STEP_FIELDS - {"mfu"})
+        assert re.fullmatch(r"[0-9a-f]{8}", record["data_crc32"])
+        assert all(math.isfinite(record[key]) and record[key] > 0 for key in STEP_FIELDS - {"mfu", "data_crc32"})
     assert [record["lr"] for record in steps] == pytest.approx([5e-3, *[1e-2] * 5])
     evaluations = [record for record in records if "eval" in record]
     assert [record["step"] for record in evaluations] == [3, 6]
