@@ -1,4 +1,5 @@
-# Sourced by the other scripts: makes .venv beside this folder with everything that ling needs, once.
+# Sourced by the other scripts: makes .venv beside this folder with everything that ling needs, once; the kernels are
+# compiled again when their sources change. LING_BUILD_CUDA=1 or 0 forces or forbids CUDA's (see setup.py).
 # usage: . scripts/environment.sh; make_environment [EXTRA]     EXTRA: an extra of pyproject.toml, such as test
 
 TORCH=2.13.0
@@ -18,7 +19,7 @@ find_python() {
 make_environment() {
     local extra=${1:-} python wanted stamp
     stamp=.venv/ling-installed${extra:+-$extra}
-    wanted=$(cat pyproject.toml setup.py scripts/environment.sh | cksum)
+    wanted="$(cat pyproject.toml setup.py scripts/environment.sh kernels/csrc/* | cksum) ${LING_BUILD_CUDA:-}"
     if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
         return
     fi

@@ -216,7 +216,8 @@ def _rows(x: Tensor) -> Tensor:
         if x.shape[i] != 1:
             regular = regular and distance in (None, x.stride(i))
             distance = x.stride(i) * x.shape[i]
-    return x if regular else x.contiguous()
+    # not contiguous(), which leaves the strides of an empty tensor as they are
+    return x if regular else x.clone(memory_format=torch.contiguous_format)
 
 
 def _contiguous(weight: Tensor | None) -> Tensor | None:
@@ -235,13 +236,11 @@ def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, scalars = ctx.saved_tensors
-    needed = [
-        wanted and tensor is not None for wanted, tensor in zip(ctx.needs_input_grad, ctx.saved_tensors, strict=False)
-    ]
+    _, need_dweight, need_dscalars, *_ = ctx.needs_input_grad
     dx, dweight, dscalars = torch.ops.ling.ffn_activation_backward(
-        _rows(dy), x, weight, scalars, *ctx.call, needed[1], needed[2]
+        _rows(dy), x, weight, scalars, *ctx.call, need_dweight, need_dscalars
     )
-    return dx, dweight if needed[1] else None, dscalars if needed[2] else None, None, None
+    return dx, dweight if need_dweight else None, dscalars if need_dscalars else None, None, None
 
 
 def _keep_topk_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -63,6 +63,7 @@ PACKAGES: dict[str, Package] = {
     "triton": Package(("triton",), ("triton",)),
     "tensorboard": Package(("tensorboard",), ("tensorboard", "torch.utils.tensorboard")),
     "wandb": Package(("wandb",), ("wandb",), attribute="init"),
+    "matplotlib": Package(("matplotlib",), ("matplotlib", "matplotlib.figure")),
     "tokenizers": Package(("tokenizers",), ("tokenizers",), attribute="Tokenizer"),
     "transformers": Package(("transformers",), ("transformers",)),
 }

@@ -1,0 +1,3 @@
+#include "elementwise_kernels.cuh"
+
+template void ling::elementwise_backward<ling::F16>(const char*, const ling::ElementwiseArgs&, cudaStream_t);

@@ -1,0 +1,3 @@
+#include "fp8_kernels.cuh"
+
+template void ling::fp8_forward<ling::F16>(const char*, const ling::Fp8Args&, cudaStream_t);

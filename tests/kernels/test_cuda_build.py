@@ -1,0 +1,102 @@
+"""The CUDA kernels compile for every architecture, without spills, with 16-byte memory instructions; without a GPU."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.kernels.harness import CSRC, ROOT, build_rules
+
+ARCHITECTURES = build_rules()["GPU_ARCHITECTURES"]
+SOURCES = sorted(path.name for path in CSRC.glob("*.cu") if path.name != "binding.cu")
+# one of each kind, on the architecture in use most
+QUICK = {("elementwise_forward_bf16.cu", "90"), ("elementwise_backward_bf16.cu", "90"), ("rowwise.cu", "90")}
+# special functions per element of a PowLU on bf16 and fp16, at which H200's unit keeps ahead of its memory
+POWLU_BUDGET = 5
+
+
+@pytest.fixture(scope="module")
+def sass():
+    """kernels/bench/sass.py; skips without the tools."""
+    spec = importlib.util.spec_from_file_location("sass", ROOT / "kernels" / "bench" / "sass.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    for tool in ("nvcc", "cuobjdump"):
+        if module.find_tool(tool) is None:
+            pytest.skip(f"no {tool}")
+    return module
+
+
+@pytest.fixture
+def compiled(sass, tmp_path):
+    """Kernels of a source, compiled for an architecture with the flags of the build."""
+
+    def compile_for(source, arch):
+        rules, nvcc = build_rules(), sass.find_tool("nvcc")
+        _, flags = rules["Build"]([nvcc], rules["find_torch"]()).cuda()[0][0]
+        flags = [flag for flag in flags if not flag.startswith("-gencode")]
+        cubin = tmp_path / "kernels.cubin"
+        log = sass.compile_kernels(nvcc, flags, CSRC / source, arch, cubin)
+        return sass.read_kernels(sass.find_tool("cuobjdump"), cubin, log)
+
+    return compile_for
+
+
+def cases():
+    for source in SOURCES:
+        for arch in ARCHITECTURES:
+            yield pytest.param(source, arch, marks=() if (source, arch) in QUICK else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("source", "arch"), cases())
+def test_machine_code(sass, compiled, source, arch):
+    kernels = compiled(source, arch)
+    assert kernels
+    for kernel in kernels:
+        assert kernel.spills == 0, f"{kernel.name} spills {kernel.spills} bytes"
+        assert kernel.count(r"(LDL|STL)(\.|$)") == 0, f"{kernel.name} keeps registers in memory"
+        if source.startswith("elementwise"):
+            check_elementwise(kernel, sass.functor_aliases())
+        if source.startswith("fp8"):
+            # rows, and the columns of one word: stored sixteen bytes at a time
+            assert kernel.count(r"STG.*\.128") >= (2 if "F32" in kernel.name else 3), kernel
+            assert kernel.count(r"STS\.128") >= 1, kernel
+            assert kernel.count(r"LDG.*\.128") >= 1, kernel
+        if "topk_kernel" in kernel.name or re.match("polynorm_(backward_)?kernel", kernel.name):
+            assert kernel.count(r"STG.*\.128") >= 1, kernel
+        if "<PowLU, " in kernel.name and "F32" not in kernel.name and source.startswith("elementwise"):
+            # one reciprocal more is of a division of integers
+            assert kernel.count("MUFU") <= POWLU_BUDGET * kernel.elements + 1, kernel
+
+
+def check_elementwise(kernel, functors):
+    backward = kernel.name.startswith("backward")
+    gated = functors.get(re.search(r"<(\w+), ", kernel.name)[1], "").startswith("Gated<")
+    assert kernel.count(r"LDG.*\.128") >= 1 + gated + backward, kernel
+    assert kernel.count(r"STG.*\.128") >= 1 + (gated and backward), kernel
+    if "F32" not in kernel.name:
+        # 32-bit stores would be a vector that came apart; one is for an fp32 gradient of the router weight, one for
+        # the partial sums of learned scalars
+        assert kernel.count(r"STG\.E$") <= (2 if "scalars" in kernel.name else int(backward)), kernel
+
+
+@pytest.mark.slow
+def test_the_library_links_with_torchs_stable_interface_alone(sass, tmp_path):
+    """Undefined symbols are those of the C and C++ libraries and of torch's C shims."""
+    rules = build_rules()
+    build = rules["Build"]([sass.find_tool("nvcc")], rules["find_torch"]())
+    library = tmp_path / "_C_cuda.so"
+    build.make(*build.cuda(), library)
+    listed = subprocess.run(
+        ["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True
+    ).stdout
+    symbols = [line.split()[-1] for line in listed.splitlines()]
+    system = re.compile(r".*@(GLIBC|GLIBCXX|CXXABI|GCC)_.*|_ITM_.*|__gmon_start__|__cxa_finalize")
+    torch_shims = re.compile(r"(aoti_torch|torch)_[a-z0-9_]+$")
+    unexpected = [name for name in symbols if not system.match(name) and not torch_shims.match(name)]
+    assert not unexpected
+    assert "aoti_torch_get_current_cuda_stream" in symbols
+    assert "torch_library_impl" in symbols
