@@ -1,0 +1,98 @@
+"""A trained run through the front door: export, comparison, import, and evaluation by lm-evaluation-harness."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.e2e.cli import ling
+from tests.hf.directories import needs_transformers
+
+
+@pytest.fixture(scope="module")
+def exported(finished, place):
+    run, _ = finished
+    verify = ["--verify"] if importlib.util.find_spec("transformers") else []
+    done = ling("export", str(run), "exported", *verify, cwd=place)
+    assert done.code == 0, done
+    if verify:
+        assert "validation data 'held_out'" in done.out
+        assert "verified" in done.out
+    return place / "exported"
+
+
+def loss(checkpoint, place) -> float:
+    done = ling("eval", str(checkpoint), "--data", "valid", "--json", cwd=place)
+    assert done.code == 0, done
+    return json.loads(done.out)["results"]["valid"]["loss"]
+
+
+def test_export_import_and_evaluate(exported, finished, place):
+    run, _ = finished
+    done = ling("import", str(exported), "imported", "--config", "run.yaml", cwd=place)
+    assert done.code == 0, done
+    assert loss("imported", place) == loss(run, place)
+    card = (exported / "README.md").read_text()
+    assert "| trained on | 768 tokens (6 steps, 24 sequences of 32) |" in card
+
+
+def test_verification_without_transformers(finished, place):
+    """Where the package cannot be imported: one line, before anything is written."""
+    run, _ = finished
+    hidden = place / "hidden"
+    hidden.mkdir(exist_ok=True)
+    (hidden / "transformers.py").write_text("raise ImportError('hidden by the test')\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "ling", "export", str(run), "unwanted", "--verify"],
+        cwd=place,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(hidden), *sys.path])},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert "verification needs transformers" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (place / "unwanted").exists()
+    assert not (place / ".unwanted.partial").exists()
+
+
+TASK = """
+task: local_words
+dataset_path: json
+dataset_kwargs: {{data_files: {{validation: {file}}}}}
+validation_split: validation
+output_type: multiple_choice
+doc_to_text: "{{{{text}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: answer
+metric_list: [{{metric: acc}}]
+"""
+
+
+@pytest.mark.slow
+@needs_transformers
+@pytest.mark.skipif(
+    importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed: pip install lm-eval[hf]"
+)
+def test_lm_evaluation_harness_offline(exported, place):
+    tasks = place / "tasks"
+    tasks.mkdir()
+    rows = [{"text": "the quick brown", "choices": [" fox", " 42"], "answer": 0}] * 8
+    (tasks / "words.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tasks / "words.yaml").write_text(TASK.format(file=tasks / "words.jsonl"))
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(place / "hf_home")}
+    arguments = ["--model", "hf", "--model_args", f"pretrained={exported},trust_remote_code=True", "--device", "cpu"]
+    arguments += ["--tasks", "local_words", "--include_path", str(tasks), "--output_path", str(place / "results")]
+    done = subprocess.run(
+        [sys.executable, "-m", "lm_eval", *arguments],
+        cwd=place,
+        env=os.environ | offline,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (results,) = (place / "results").rglob("results_*.json")
+    assert "acc,none" in json.loads(results.read_text())["results"]["local_words"]
