@@ -15,11 +15,20 @@ from ling import __version__
 # name -> (module with add_arguments(parser) and run(args) -> int, what it does)
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("ling.commands.train", "train a model, or go on with a run"),
+    "launch": ("ling.commands.launch", "start a run as a job: local, SLURM, or torchrun over ssh"),
+    "preflight": ("ling.commands.preflight", "check a node, or all ranks together, before a run"),
+    "status": ("ling.commands.status", "how a run is doing, from its files alone"),
+    "plan": ("ling.commands.plan", "memory, time and cost of a run before it starts, and the layouts that fit"),
     "config": ("ling.commands.config", "show or check a config, list its keys"),
     "tokenizer": ("ling.commands.tokenizer", "train a tokenizer"),
-    "data": ("ling.commands.data", "prepare and inspect training data"),
+    "data": ("ling.commands.data", "prepare, inspect, index and trace training data"),
     "eval": ("ling.commands.eval", "loss of a checkpoint on held-out data"),
+    "checkpoint": ("ling.commands.checkpoint", "list, verify, prune and merge checkpoints"),
+    "prove-resume": ("ling.commands.prove_resume", "prove that an interrupted run equals an uninterrupted one"),
     "generate": ("ling.commands.generate", "continue a text with a checkpoint"),
+    "export": ("ling.commands.export", "a checkpoint to a Hugging Face model directory"),
+    "import": ("ling.commands.import_hf", "a Hugging Face model directory to a checkpoint"),
+    "activations": ("ling.commands.activations", "list, describe and plot the FFN activations"),
     "doctor": ("ling.commands.doctor", "what is installed, and what each operation will use"),
 }
 EXIT_CODES = (

@@ -49,7 +49,7 @@ def test_configs_are_shown_without_torch():
 def test_wrong_input_as_a_process():
     for argv, expected in [
         (["trian"], "unknown command 'trian'; did you mean train?"),
-        (["xyzzy"], "the commands are train, config"),
+        (["xyzzy"], "the commands are train, launch"),
         (["config", "show"], "the following arguments are required: CONFIG; see `ling config show --help`"),
         (["config", "show", RUN, "modl.x=1"], "unknown key modl; did you mean model?"),
         (["config", "check", RUN, "model.mcore.no_such_field=1"], "has no such field"),

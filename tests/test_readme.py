@@ -111,7 +111,7 @@ def test_written_configs_load(document, folder):
 def test_named_commands_and_keys_exist(document):
     known = set(all_keys()) | set(branches())
     for code in inline_code(document):
-        command = re.match(r"ling (\w+)", code)
+        command = re.match(r"ling (\w[\w-]*)", code)
         assert command is None or command[1] in COMMANDS, code
         key = re.fullmatch(r"([a-z_]+(?:\.\w+)+)(=.*)?", code)
         if key is None or key[1].split(".")[0] not in branches() or key[1].endswith(FILE_SUFFIXES):
@@ -177,7 +177,7 @@ def test_every_command_and_document_is_named():
 
 
 def test_the_activations_are_those_of_the_registry():
-    rows = re.findall(r"^\| `(\w+)` \| (yes|no) \|", (ROOT / "docs" / "model.md").read_text(), re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+)` \| (yes|no) \|", (ROOT / "docs" / "activations.md").read_text(), re.MULTILINE)
     assert dict(rows) == {name: "yes" if row.gated else "no" for name, row in ACTIVATIONS.items()}
 
 

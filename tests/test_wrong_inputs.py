@@ -131,7 +131,9 @@ SCHEDULE_AND_DATA = [
     check("long warm-up", "optim.lr_warmup_iters=11", "11 is more than train.train_iters (10)"),
     check("WSD without decay", "optim.lr_decay_style=WSD", "optim.lr_wsd_decay_iters: not given"),
     check("min_lr", "optim.min_lr=1", "optim.min_lr: 1.0 is more than optim.lr"),
-    check("fp8", "precision.recipe=fp8", "fp8 is not built and proved yet"),
+    check(
+        "fp8 without TE", "precision.recipe=fp8 runtime.backend=torch", "fp8 needs Transformer Engine's linear layers"
+    ),
     check("emulated fp8", "precision.recipe=fp8_emulated", "fp8_emulated is not built and proved yet"),
     check("nothing to evaluate", "data.valid=null train.eval_interval=5", "give data.valid"),
     check("weight of a source", "data.train=[{path:a,weight:-1}]", "data.train"),
@@ -205,7 +207,10 @@ TRAIN_START = [
     train("no ranks", "--nproc 0", "argument --nproc: expected a whole number of at least 1, got '0'"),
     train("ranks in words", "--nproc two", "at least 1, got 'two'"),
     train("context parallel", "parallel.context_parallel_size=2", "context parallelism is not built and proved yet"),
-    train("fp8", "precision.recipe=fp8", "fp8 is not built and proved yet"),
+    train(
+        "fp8 without TE", "precision.recipe=fp8 runtime.backend=torch", "fp8 needs Transformer Engine's linear layers"
+    ),
+    train("fp8 on the CPU", "precision.recipe=fp8", "precision.recipe=fp8 needs Transformer Engine's layers"),
     train("emulated fp8", "precision.recipe=fp8_emulated", "fp8_emulated is not built and proved yet"),
     train("unknown field in mcore", "model.mcore.no_such_field=1", "TransformerConfig has no such field"),
     train("field that ling sets", "model.mcore.normalization=LayerNorm", "follows from the architecture; remove it"),
@@ -228,7 +233,7 @@ TRAIN_START = [
 DATA = [
     Case("data: unknown action", ["data", "prepar"], "invalid choice: 'prepar'"),
     prepare_case("missing input", "--input none.txt", "none.txt: no such file; check the path given with --input"),
-    prepare_case("folder as input", "--input data", "data is a folder: name its files"),
+    prepare_case("folder as input", "--input data/tokenizer", "data/tokenizer is a folder: name its files"),
     prepare_case("missing tokenizer", "--tokenizer data/none", "tokenizer data/none: no such file or folder"),
     prepare_case("output is there", "--output data/train", "data/train.bin exists already: choose another --output"),
     prepare_case("no workers", "--workers 0", "--workers 0: give 1 or more"),

@@ -29,6 +29,7 @@ _SET_BY_LING = {
     "bf16": "precision.recipe",
     "fp16": "precision.recipe",
     "fp8": "precision.recipe",
+    "fp8_recipe": "precision.fp8_recipe",
     "params_dtype": "precision.recipe",
     "pipeline_dtype": "precision.recipe",
 }
@@ -138,12 +139,26 @@ def _activations(config: Config, world: int | None) -> Iterator[str]:
     for name in ACTIVATION_KEYS:
         spec = getattr(config.model, name)
         if spec is None and name == "activation":
-            yield "model.activation: is null; give a name such as powlu or swiglu (docs/model.md has them all)"
+            yield "model.activation: is null; give a name such as powlu or swiglu (`ling activations` lists them)"
         elif spec is not None:
             try:
-                resolve(spec, f"model.{name}", config.model.num_layers)
+                resolved = resolve(spec, f"model.{name}", config.model.num_layers)
+                for width in _widths(config.model, name):
+                    resolved.check_width(width, f"model.{name}")
             except UserError as error:
                 yield str(error)
+
+
+def _widths(model: ModelConfig, key: str) -> list[int]:
+    """Widths of the FFNs that take their activation from this key."""
+    widths = {"dense_activation": model.ffn_hidden_size}
+    if model.num_moe_experts is not None:
+        if model.first_k_dense_replace == 0:
+            widths = {}
+        widths["shared_activation"] = model.moe_shared_expert_intermediate_size or 0
+        widths["routed_activation"] = model.moe_ffn_hidden_size or 0
+    users = {name: name if getattr(model, name) is not None else "activation" for name in widths}
+    return sorted({width for name, width in widths.items() if width and users[name] == key})
 
 
 def _mcore(config: Config, world: int | None) -> Iterator[str]:

@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from ling.config.derived import activation_for, data_sources
+from ling.config.duration import parse_duration
 from ling.config.errors import UserError
 from ling.config.keys import all_keys, branches, did_you_mean, limit_problems
 from ling.config.layout_rules import LAYOUT_RULES
 from ling.config.load import summary
 from ling.config.model_rules import MODEL_RULES
+from ling.config.plugins import load_plugins
 from ling.config.schema import Config
 
 Rule = Callable[[Config, int | None], Iterator[str]]
@@ -21,8 +23,10 @@ Rule = Callable[[Config, int | None], Iterator[str]]
 def check_config(config: Config, world_size: int | None = None) -> None:
     """Raise UserError unless the settings fit each other and, where it is known, the number of ranks.
 
-    Needs neither torch nor a GPU. The message is the first problem found, and how many more there are.
+    Needs neither torch nor a GPU. The message is the first problem found, and how many more there are. Imports
+    `run.plugins`, since a rule may concern what they add.
     """
+    load_plugins(config.run.plugins)
     problems = list(limit_problems(config))
     if not problems:  # the rules may divide by sizes that the limits keep positive
         problems = [problem for rule in RULES for problem in rule(config, world_size)]
@@ -58,11 +62,28 @@ def _data_forms(config: Config, world: int | None) -> Iterator[str]:
     if isinstance(config.data.train, dict) or config.data.train is None:
         yield "data.train: expected a prefix or a list of prefixes or {path, weight, name}; write data.train: [prefix]"
         return
-    for key, value in (("data.train", config.data.train), ("data.valid", config.data.valid)):
+    for key in ("train", "valid", "test"):
         try:
-            data_sources(value, where=key)
+            sources = data_sources(getattr(config.data, key), where=f"data.{key}")
         except UserError as error:
             yield str(error)
+            continue
+        amounts = [source for source in sources if source.unit != "weight"]
+        if amounts and key != "train":
+            yield f"data.{key}: {amounts[0].path} has {amounts[0].unit}; held-out data is read once, remove it"
+    if config.data.cache_dir is not None and not config.data.cache_dir.strip():
+        yield "data.cache_dir: is empty; give a folder, or null for data_cache beside the run's folder"
+
+
+def _split(config: Config, world: int | None) -> Iterator[str]:
+    split = config.data.split
+    if split is None:
+        return
+    if len(split) not in (2, 3) or not all(0 <= share < float("inf") for share in split) or not split[0] > 0:
+        yield f"data.split: expected the shares [train, valid] or [train, valid, test], got {split}; write [0.99, 0.01]"
+    for key in ("valid", "test"):
+        if getattr(config.data, key) is not None:
+            yield f"data.split: parts the training data, and data.{key} names files; keep one of the two"
 
 
 def _sequences(config: Config, world: int | None) -> Iterator[str]:
@@ -79,8 +100,16 @@ def _sequences(config: Config, world: int | None) -> Iterator[str]:
         )
 
 
+def _time_limit(config: Config, world: int | None) -> Iterator[str]:
+    try:
+        if config.train.time_limit is not None:
+            parse_duration(config.train.time_limit)
+    except ValueError as error:
+        yield f"train.time_limit: {error}"
+
+
 def _evaluation(config: Config, world: int | None) -> Iterator[str]:
-    if config.train.eval_interval > 0 and config.data.valid is None:
+    if config.train.eval_interval > 0 and config.data.valid is None and config.data.split is None:
         yield "train.eval_interval: there is nothing to evaluate on; give data.valid, or set train.eval_interval=0"
 
 
@@ -115,8 +144,28 @@ def _wsd(config: Config, world: int | None) -> Iterator[str]:
 
 
 def _precision(config: Config, world: int | None) -> Iterator[str]:
-    if config.precision.recipe in ("fp8", "fp8_emulated"):
-        yield f"precision.recipe: {config.precision.recipe} is not built and proved yet; use bf16 or fp32"
+    recipe = config.precision.recipe
+    if recipe == "fp8_emulated":
+        yield "precision.recipe: fp8_emulated is not built and proved yet; use bf16, fp32 or fp8"
+    if recipe == "fp8" and config.runtime.backend == "torch":
+        yield "precision.recipe: fp8 needs Transformer Engine's linear layers; set runtime.backend=te, or use bf16"
+
+
+def _checkpoints(config: Config, world: int | None) -> Iterator[str]:
+    settings = config.checkpoint
+    if settings.load is not None and not settings.load.strip():
+        yield "checkpoint.load: is empty; give a checkpoint or a run's folder, or null"
+    if config.train.recovery_steps and settings.load is None:
+        yield "train.recovery_steps: has no meaning without checkpoint.load; set it to 0, or give checkpoint.load"
+    if settings.keep_every is not None and settings.keep_last is None:
+        yield "checkpoint.keep_every: has no meaning while all are kept; set checkpoint.keep_last, or remove it"
+    if settings.merge_eval_last is not None and config.data.valid is None and config.data.split is None:
+        yield "checkpoint.merge_eval_last: there is nothing to evaluate on; give data.valid, or set it to null"
+    if settings.merge_eval_last and settings.keep_last and settings.merge_eval_last > settings.keep_last:
+        yield (
+            f"checkpoint.merge_eval_last: {settings.merge_eval_last} checkpoints are to be merged, but only "
+            f"checkpoint.keep_last={settings.keep_last} are kept; raise checkpoint.keep_last"
+        )
 
 
 RULES: tuple[Rule, ...] = (
@@ -124,9 +173,12 @@ RULES: tuple[Rule, ...] = (
     *MODEL_RULES,
     *LAYOUT_RULES,
     _data_forms,
+    _split,
     _sequences,
+    _time_limit,
     _evaluation,
     _learning_rate,
     _wsd,
     _precision,
+    _checkpoints,
 )

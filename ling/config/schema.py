@@ -35,6 +35,7 @@ class RunConfig:
     name: str = opt("run", "name of the run; the default folder is runs/<name>")
     dir: str | None = opt(None, "the run's folder; null: runs/<name>")
     seed: int = opt(1234, "seed of the weights and of the data order", ge=0)
+    plugins: list[str] = opt([], "Python files or modules to import first, such as activations of your own")
 
 
 @dataclass
@@ -110,12 +111,23 @@ class ParallelConfig:
 
 @dataclass
 class DataConfig:
-    train: Any = opt(MISSING, "training data: a prefix of .bin/.idx, or a list of prefixes or {path, weight, name}")
-    valid: Any = opt(None, "held-out data, in the same forms; evaluated one by one, by name")
+    train: Any = opt(
+        MISSING, "training data: a prefix of .bin/.idx, or a list of prefixes or {path, name, weight | tokens | epochs}"
+    )
+    valid: Any = opt(None, "held-out data: a prefix, a list as above, or names and prefixes; evaluated one by one")
+    test: Any = opt(None, "data of the last test, as data.valid; `ling eval --split test` reads it")
+    split: list[float] | None = opt(
+        None, "shares of each training source's documents, in their order: [train, valid] or [train, valid, test]"
+    )
     tokenizer: str = opt(MISSING, "tokenizer that the data was prepared with: a folder or a SentencePiece model")
     sequence_length: int = opt(MISSING, "tokens of a training sample", ge=2)
     reset_attention_mask: bool = opt(False, "let tokens attend within their document only")
+    reset_position_ids: bool = opt(False, "count positions from the start of each document, not of the sample")
     eod_mask_loss: bool = opt(False, "no loss on the token that follows an end of document")
+    max_epochs: float | None = opt(None, "refuse a run that takes a source more often than this; null: no limit", gt=0)
+    cache_dir: str | None = opt(
+        None, "folder of large shuffles, for all runs; null: data_cache beside the run's folder"
+    )
     num_workers: int = opt(0, "processes that prefetch batches; 0: none", ge=0)
 
 
@@ -145,6 +157,12 @@ class PrecisionConfig:
         "number format of the compute; auto: bf16 where the machine is fast at it, else fp32",
         choices=("auto", "fp32", "bf16", "fp8", "fp8_emulated"),
     )
+    fp8_recipe: str = opt(
+        "blockwise",
+        "scales of recipe fp8: blockwise (1x128 and 128x128), tensorwise (current), or mxfp8 (Blackwell)",
+        choices=("blockwise", "tensorwise", "mxfp8"),
+    )
+    fp8_format: str = opt("e4m3", "number format of recipe fp8; hybrid: e5m2 for gradients", choices=("e4m3", "hybrid"))
     grad_reduce_in_fp32: bool = opt(True, "accumulate and reduce gradients in fp32")
 
 
@@ -158,12 +176,40 @@ class TrainConfig:
     gc_interval: int = opt(
         100, "collect Python's garbage every so many steps, on all ranks at once; 0: Python decides", ge=0
     )
+    time_limit: str | None = opt(
+        None, "save and stop in time for this: 23:50:00, 90m or seconds; null: the end of the SLURM job alone"
+    )
+    hang_timeout: float | None = opt(
+        600.0, "seconds without progress after which a job ends and names the rank; null: never", gt=0
+    )
+    recovery_steps: int = opt(0, "first steps after checkpoint.load with a reduced learning rate", ge=0)
+    recovery_lr_factor: float = opt(0.1, "learning rate of these steps, as a part of the schedule's", gt=0, le=1)
     allow_change: list[str] = opt([], "config keys that may differ from the run folder's when it is resumed")
 
 
 @dataclass
 class CheckpointConfig:
     save_interval: int = opt(500, "save every so many steps; 0: only at the end", ge=0)
+    async_save: bool = opt(False, "write in the background, from a copy in the CPU's memory")
+    keep_last: int | None = opt(
+        None, "keep so many of the newest checkpoints and remove older ones; null: keep all", ge=1
+    )
+    keep_every: int | None = opt(None, "keep those at a multiple of so many steps for good", ge=1)
+    verify: str = opt(
+        "always",
+        "look at a checkpoint's files before it is loaded or others are removed for it; always: checksums, manifest: "
+        "sizes",
+        choices=("always", "manifest", "never"),
+    )
+    load: str | None = opt(None, "begin from this checkpoint of another run (or its folder: the newest)")
+    load_optimizer: bool = opt(True, "load: with the optimizer's state")
+    load_step: bool = opt(True, "load: with the step and the position in the data; else from step 0")
+    merge_eval_last: int | None = opt(
+        None, "at each save also evaluate the merge of so many of the newest checkpoints", ge=2
+    )
+    merge_eval_schedule: str = opt(
+        "linear", "decay that the merge stands for", choices=("linear", "cosine", "1-sqrt", "mean")
+    )
 
 
 @dataclass
@@ -180,8 +226,22 @@ class ObserveConfig:
 @dataclass
 class RuntimeConfig:
     platform: str = opt("auto", "where to run", choices=("auto", "cpu", "cuda"))
-    attention: str = opt("auto", "core attention", choices=("auto", "sdpa", "flash", "te"))
-    grouped_gemm: str = opt("auto", "matrix products of the experts", choices=("auto", "grouped_mm", "loop"))
+    backend: str = opt(
+        "auto",
+        "linear layers: te: Transformer Engine's (FP8 too), torch: megatron-core's own; auto: te where it works",
+        choices=("auto", "te", "torch"),
+    )
+    attention: str = opt("auto", "core attention; auto: sdpa", choices=("auto", "sdpa", "flash", "te"))
+    grouped_gemm: str = opt(
+        "auto",
+        "matrix products of the experts; auto: te with backend te, else grouped_mm where torch has it",
+        choices=("auto", "te", "grouped_mm", "loop"),
+    )
+    kernels: str = opt(
+        "auto",
+        "FFN activation: fused: ling's compiled kernels, reference: readable torch; auto: fused where it is built",
+        choices=("auto", "fused", "reference"),
+    )
     recompute_granularity: str = opt(
         "none",
         "compute activations again in the backward pass: full: of whole layers, selective: of recompute_modules",
@@ -192,6 +252,24 @@ class RuntimeConfig:
     )
     recompute_num_layers: int = opt(1, "full: layers between two kept activations", ge=1)
     num_threads: int | None = opt(None, "CPU threads of one rank; null: cores / local ranks", ge=1)
+
+
+@dataclass
+class LaunchConfig:
+    cluster: str | None = opt(None, "cluster file; --cluster FILE of ling launch wins")
+    nodes: int = opt(1, "nodes of the job; --nodes N of ling launch wins", ge=1)
+    nproc_per_node: int | None = opt(None, "ranks per node; null: the GPUs of a node in the cluster file", ge=1)
+    hosts: list[str] = opt([], "ling launch torchrun: hosts to reach by ssh; node01..08 stands for eight")
+    container: str | None = opt(None, "image that the job runs in; null: none")
+    time_limit: str | None = opt(None, "time limit of the SLURM job: 1-00:00:00, 90m; null: the cluster file's")
+    stop_before: str = opt("10m", "the SLURM job saves and stops so long before its time limit")
+    restart: str = opt(
+        "requeue",
+        "how the job goes on after an end that is not final; array: launch.array_size jobs, one after the other",
+        choices=("requeue", "array", "never"),
+    )
+    array_size: int = opt(10, "jobs of launch.restart=array", ge=2)
+    max_failures: int = opt(3, "starts in a row without a new checkpoint after which the job gives up", ge=1)
 
 
 @dataclass
@@ -208,3 +286,4 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     observe: ObserveConfig = field(default_factory=ObserveConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)

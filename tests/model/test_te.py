@@ -29,7 +29,7 @@ def build(model: str, backend: str, device: str = "cpu", recipe: str = "fp32"):
     groups.seed_random_states(config.run.seed)
     experts = "te" if backend == "te" else "grouped_mm"
     operations = {"attention": "sdpa", "experts": experts, "linear": backend, "activation": "reference"}
-    feigned = mock.patch("torch.cuda.is_available", lambda: True)
+    feigned = mock.patch("torch.cuda.is_available", return_value=True)
     with feigned:
         (chunk,) = build_model(config, torch.device(device), bf16=recipe != "fp32", operations=operations)
     return chunk
@@ -37,10 +37,11 @@ def build(model: str, backend: str, device: str = "cpu", recipe: str = "fp32"):
 
 def checkpointed(model) -> dict[tuple[str, tuple[int, ...]], torch.Tensor]:
     """What a checkpoint would hold: rows of the global tensors by key and offset."""
-    from ling.checkpoint.sharded import _metadata
+    from ling.parallel import groups
 
     parts = {}
-    for value in model.sharded_state_dict(metadata=_metadata()).values():
+    metadata = {"singleton_local_shards": False, "dp_cp_group": groups.data_with_context()}
+    for value in model.sharded_state_dict(metadata=metadata).values():
         built = value.build() if hasattr(value, "build") else value
         for part in built if isinstance(built, list) else [built]:
             rows = part.data if part.data.dim() == part.prepend_axis_num + len(part.global_shape) else part.data[None]
