@@ -47,7 +47,7 @@ class LingModel(GPTModel):
         """megatron-core's description of this rank's part of the checkpointed tensors."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         state = {key: value for key, value in state.items() if not is_extra_state(key)}
-        return state | sharded_global_scalars(self, prefix, metadata)
+        return state | sharded_global_scalars(self, prefix)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As torch's, where no extra state is missed."""

@@ -53,12 +53,12 @@ def _holds_first_layer(chunk: Any, kind: str) -> bool:
     return any(layer.layer_number - 1 == first for layer in chunk.decoder.layers)
 
 
-def sharded_global_scalars(chunk: Any, prefix: str, metadata: dict[str, Any]) -> dict[str, ShardedTensor]:
+def sharded_global_scalars(chunk: Any, prefix: str) -> dict[str, ShardedTensor]:
     """megatron-core's description of `activation_scalars` in a checkpoint: one tensor per kind for the whole model."""
     described = {}
     for kind, scalars in chunk.activation_scalars.items():
         key = f"{prefix}activation_scalars.{kind}"
-        replica = (int(scalars.shared), chunk.pg_collection.tp.rank(), metadata["dp_cp_group"].rank())
+        replica = (int(scalars.shared), chunk.pg_collection.tp.rank(), groups.data_with_context().rank())
         described[key] = make_sharded_tensor_for_checkpoint(scalars, key, replica_id=replica)
     return described
 
