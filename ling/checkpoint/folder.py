@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from ling.config.errors import UserError
-from ling.data.tokenizer import load_tokenizer
 
 FORMAT = 2
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
+BESIDE_TOKENIZER = ("ling_tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.msgpack", "*.h5", ".git")
 VERIFY_LEVELS = ("always", "manifest", "never")
 _NAME = re.compile(r"step_(\d{8,})")
 _BLOCK_BYTES = 1 << 22
@@ -110,11 +111,16 @@ def _own_crc32(values: dict[str, Any]) -> str:
 
 
 def copy_tokenizer(tokenizer: Path, folder: Path) -> None:
-    """Put a copy of a tokenizer (a folder or a file) into a checkpoint: the files that it is made of, and no others."""
+    """Put a copy of a tokenizer (a folder or a file) into a checkpoint; weights that lie beside it stay behind."""
     target = folder / TOKENIZER
+    if tokenizer.is_dir():
+        shutil.copytree(tokenizer, target, ignore=shutil.ignore_patterns(*WEIGHTS))
+        return
     target.mkdir()
-    for file in load_tokenizer(tokenizer).files:
-        shutil.copy(file, target / ("tokenizer.model" if file.suffix == ".model" else file.name))
+    shutil.copy(tokenizer, target / ("tokenizer.model" if tokenizer.suffix == ".model" else tokenizer.name))
+    for name in BESIDE_TOKENIZER:
+        if tokenizer.with_name(name).is_file():
+            shutil.copy(tokenizer.with_name(name), target / name)
 
 
 def read_manifest(folder: Path, verify: str = "manifest") -> Manifest:

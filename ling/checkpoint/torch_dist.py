@@ -10,6 +10,7 @@ others, tensors by torch's `weights_only` loader. A checkpoint from elsewhere ca
 
 from __future__ import annotations
 
+import enum
 import io
 import json
 import os
@@ -209,8 +210,17 @@ def write_index(folder: Path, tensors: dict[str, TensorInfo], objects: Iterable[
     torch.save({}, folder / "common.pt")
 
 
+def _enum_member(kind: Any, name: str) -> Any:
+    """What pickle's `getattr` is for: some versions of Python write a member of an enumeration in this way."""
+    if not (isinstance(kind, type) and issubclass(kind, enum.Enum)):
+        raise pickle.UnpicklingError(f"it asks for {name} of {kind}, which no checkpoint needs")
+    return kind[name]
+
+
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _enum_member
         found = getattr(torch, name, None) if module == "torch" else None
         if isinstance(found, torch.dtype):
             return found
