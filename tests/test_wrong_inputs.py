@@ -291,6 +291,8 @@ def bare_machine(monkeypatch):
         def bf16_is_fast(self):
             return False
 
+    # the run's folder is looked at once the ranks have met; a world of one has nobody to meet
+    monkeypatch.setattr("ling.parallel.groups.connect", lambda platform, world: None)
     find = optional.find
     monkeypatch.setattr(ling.platform, "get_platform", lambda name="auto": Machine())
     monkeypatch.setattr(optional, "find", lambda name: dataclasses.replace(find(name), problem=optional.ABSENT))
