@@ -34,7 +34,7 @@ def test_the_config_names_the_key(tiny_config):
 def tiny_config():
     from tests.dist.training import tiny_config
 
-    return tiny_config(1)
+    return tiny_config(1, train={"time_limit": None})  # with a branch of its own, since the others are shared
 
 
 def test_the_earlier_limit_counts():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ling.config import UserError, load_config
-from ling.config.schema import Config, ModelConfig
+from ling.config.schema import Config, ModelConfig, ParallelConfig
 from ling.model.build import LingModel
 from ling.model.counts import count_parameters, parameter_shapes
 from ling.model.init import global_names
@@ -40,7 +40,9 @@ def shipped(path: Path, folder: Path) -> Config:
     """A shipped config as a run on one rank."""
     run = folder / "run.yaml"
     run.write_text(f"base: {path}\n{RUN}")
-    return load_config(run)
+    config = load_config(run)
+    config.parallel = ParallelConfig()
+    return config
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.stem}")
