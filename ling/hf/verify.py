@@ -203,7 +203,7 @@ def _class(folder: Path, config: dict[str, Any], key: str) -> Any:
 
 def _package(folder: Path) -> str:
     """The folder as a package of its own, so that its files import each other, without a cache of bytecode in it."""
-    for name, module in sys.modules.items():
+    for name, module in list(sys.modules.items()):
         if name.startswith("_ling_model_code_") and getattr(module, "__path__", None) == [str(folder)]:
             return name
     package = ModuleType(f"_ling_model_code_{uuid4().hex}")
