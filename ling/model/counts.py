@@ -193,7 +193,7 @@ def _moe_shapes(model: ModelConfig) -> dict[str, Shape]:
         raise ValueError("model.moe_ffn_hidden_size is missing: a model with experts needs the width of one expert")
     shapes: dict[str, Shape] = {
         "mlp.router.weight": (experts, hidden),
-        "mlp.experts.weight1": (experts, _fc1_width(model, "routed", ffn), hidden),
+        "mlp.experts.weight1": (experts, fc1_width(model, "routed", ffn), hidden),
         "mlp.experts.weight2": (experts, hidden, ffn),
         **_scalar_shapes(model, "mlp.experts.", "routed"),
     }
@@ -204,7 +204,7 @@ def _moe_shapes(model: ModelConfig) -> dict[str, Shape]:
 
 def _ffn_shapes(model: ModelConfig, prefix: str, kind: Kind, width: int) -> dict[str, Shape]:
     return {
-        prefix + "linear_fc1.weight": (_fc1_width(model, kind, width), model.hidden_size),
+        prefix + "linear_fc1.weight": (fc1_width(model, kind, width), model.hidden_size),
         prefix + "linear_fc2.weight": (model.hidden_size, width),
         **_scalar_shapes(model, prefix, kind),
     }
@@ -216,7 +216,7 @@ def _scalar_shapes(model: ModelConfig, prefix: str, kind: Kind) -> dict[str, Sha
     return {prefix + "activation.scalars": (len(resolved.initial_scalars()),)} if resolved.learn == "per_layer" else {}
 
 
-def _fc1_width(model: ModelConfig, kind: Kind, width: int) -> int:
+def fc1_width(model: ModelConfig, kind: Kind, width: int) -> int:
     """Rows of the first projection: gate and up where this kind of FFN has a gated activation, else one projection."""
     return 2 * width if resolve(activation_for(model, kind)).activation.gated else width
 

@@ -67,9 +67,9 @@ def sharded_global_scalars(chunk: Any, prefix: str) -> dict[str, ShardedTensor]:
 def sum_scalar_gradients(chunks: list[Any]) -> None:
     """Complete the gradients of learnable scalars after megatron-core has reduced them over data parallelism."""
     tensor = groups.tensor()
-    found = [entry for chunk in chunks for entry in activations(chunk) if entry[1].learns]
     if tensor.size > 1:
-        unique = {id(activation.scalars): _gradient(activation.scalars) for _, activation in found}
+        learning = [activation for chunk in chunks for _, activation in activations(chunk) if activation.learns]
+        unique = {id(activation.scalars): _gradient(activation.scalars) for activation in learning}
         _all_reduce(list(unique.values()), tensor.group)
     _sum_over_layers(chunks)
 

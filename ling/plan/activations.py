@@ -10,8 +10,7 @@ from dataclasses import dataclass
 
 from ling.config.derived import kv_channels, num_query_groups, padded_vocab_size
 from ling.config.schema import Config
-from ling.model.counts import _fc1_width as fc1_width
-from ling.model.counts import is_moe_layer
+from ling.model.counts import fc1_width, is_moe_layer
 from ling.plan.layout import Chunk, Layout
 
 FP32 = 4

@@ -14,8 +14,7 @@ from dataclasses import dataclass, replace
 
 from ling.config.derived import kv_channels, num_microbatches, num_query_groups, padded_vocab_size
 from ling.config.schema import Config
-from ling.model.counts import Kind, is_moe_layer
-from ling.model.counts import _fc1_width as fc1_width
+from ling.model.counts import Kind, fc1_width, is_moe_layer
 from ling.plan.activations import Storage, Tokens, dropped_parts
 from ling.plan.cluster import Cluster
 from ling.plan.layout import Chunk, Layout, Stage

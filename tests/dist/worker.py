@@ -64,7 +64,6 @@ def forget_the_run() -> None:
 
     MTPLossLoggingHelper.tracker.clear()
     gc.enable()
-    gc.collect()  # a process group ends its threads when nothing refers to it, and models are cycles of references
 
 
 if __name__ == "__main__":
