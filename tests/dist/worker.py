@@ -59,11 +59,25 @@ def work(job: Job) -> Any:
 
 
 def forget_the_run() -> None:
-    """What a run leaves behind in its process: megatron-core's tally of the MTP loss, the garbage collector's state."""
+    """What a run leaves behind in its process: megatron-core's tally of the MTP loss, the garbage collector's state, and
+    the whole model with its process groups and their threads.
+
+    The wrapper of the model hooks itself to the gradient accumulators of the parameters, a cycle through C++ that the
+    garbage collector does not see; it ends where the wrapper's attributes are taken away. Rotary embeddings remember
+    what they returned, and themselves with it.
+    """
+    from megatron.core.distributed import DistributedDataParallel
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
     from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 
     MTPLossLoggingHelper.tracker.clear()
+    for left in [item for item in gc.get_objects() if type(item) is DistributedDataParallel]:
+        vars(left).clear()
+    for method in vars(RotaryEmbedding).values():
+        if hasattr(method, "cache_clear"):
+            method.cache_clear()
     gc.enable()
+    gc.collect()
 
 
 if __name__ == "__main__":

