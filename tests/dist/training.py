@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -73,8 +74,9 @@ def tiny_config(world_size: int = 1, model: ModelConfig = MOE, **branches: dict[
 
     `branches` are changes of a branch's settings; those of the model's go to `model` itself.
     """
-    changed = {name: replace(getattr(RUN, name), **values) for name, values in branches.items()}
-    config = replace(RUN, **{"model": model} | changed)
+    run = deepcopy(RUN)  # what a test does to its config must not reach the others'
+    changed = {name: replace(getattr(run, name), **values) for name, values in branches.items()}
+    config = replace(run, **{"model": deepcopy(model)} | changed)
     check_config(config, world_size)
     return config
 
