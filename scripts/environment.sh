@@ -3,6 +3,7 @@
 # usage: . scripts/environment.sh; make_environment [EXTRA]     EXTRA: an extra of pyproject.toml, such as test
 
 TORCH=2.13.0
+TRANSFORMERS_4=4.57.6 # the last of version 4, beside the newest that pip installs; tests/hf names it, too
 
 find_python() {
     local candidate
@@ -35,4 +36,19 @@ make_environment() {
         return 1
     }
     echo "$wanted" >"$stamp"
+}
+
+# transformers 4 in a folder of its own, for PYTHONPATH, with the packages that it wants in other versions.
+make_transformers_4() {
+    local folder=.venv/transformers-$TRANSFORMERS_4
+    [ ! -d "$folder" ] || return 0
+    echo "installing into $folder ..."
+    rm -rf "$folder.partial"
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --target "$folder.partial" \
+        "transformers==$TRANSFORMERS_4" "huggingface-hub==0.36.2" "tokenizers==0.22.2" >.venv/pip.log 2>&1 || {
+        tail -n 20 .venv/pip.log >&2
+        echo "error: pip could not install transformers $TRANSFORMERS_4 (the whole log is .venv/pip.log); run this again when that is mended" >&2
+        return 1
+    }
+    mv "$folder.partial" "$folder"
 }

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From nothing to a trained mixture-of-experts model on real text: environment, corpus, tokenizer, data, training,
-# evaluation. Run again, it goes on where it stopped.
+# evaluation, and a Hugging Face model directory of it. Run again, it goes on where it stopped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -36,10 +36,12 @@ step() { printf '\n[%ss] %s\n' "$((SECONDS - start))" "$*"; }
 
 step "environment"
 . scripts/environment.sh
-make_environment
+make_environment hf
 ling() { .venv/bin/python -m ling "$@"; }
 data=data/$corpus
 run=runs/quickstart-$corpus
+export=exports/quickstart-$corpus
+prompt=$([ "$corpus" = python ] && echo 'def main(' || echo 'KING HENRY')
 
 step "corpus: $data"
 .venv/bin/python tools/default_corpus.py --corpus "$corpus" --output "$data"
@@ -68,7 +70,29 @@ step "evaluation on held-out text"
 ling eval "$run" --data "$data/valid"
 
 step "a sample"
-ling generate "$run" --prompt "$([ "$corpus" = python ] && echo 'def main(' || echo 'KING HENRY')" --max-tokens 48
+ling generate "$run" --prompt "$prompt" --max-tokens 48
+
+step "a Hugging Face model directory, compared with the checkpoint: $export"
+if [ -d "$export" ]; then
+    echo "already there; remove it to have the newest checkpoint exported"
+else
+    ling export "$run" "$export" --verify
+fi
+
+step "a sample by transformers, which knows nothing of ling"
+HF_HUB_OFFLINE=1 .venv/bin/python -W ignore - "$export" "$prompt" <<'END'
+import sys
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder, prompt = sys.argv[1:]
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, torch_dtype="auto")
+inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+torch.manual_seed(1)
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=48, do_sample=True, temperature=0.8)[0]))
+END
 
 step "done"
 .venv/bin/python tools/summarize_run.py "$run" --train "$data/train" --valid "$data/valid"

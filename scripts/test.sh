@@ -15,4 +15,5 @@ done
 
 . scripts/environment.sh
 make_environment test
+make_transformers_4
 exec .venv/bin/python -m pytest -m "$selection" ${arguments[@]+"${arguments[@]}"}
