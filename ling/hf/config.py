@@ -109,12 +109,12 @@ def hf_config(model: ModelConfig, dtype: str, tokens: Mapping[str, int | None]) 
 
 
 def _shared_experts(model: ModelConfig) -> dict[str, int | None]:
-    """Stock code takes the width of the shared experts as their number times that of a routed one."""
+    """Stock code takes their number times the width of a routed one, vLLM and SGLang times the width that is given."""
     width, routed = model.moe_shared_expert_intermediate_size, model.moe_ffn_hidden_size
     if width is None or routed is None:
         return {"num_shared_experts": None, "moe_shared_expert_intermediate_size": None}
     number = width // routed if width % routed == 0 else 1
-    return {"num_shared_experts": number, "moe_shared_expert_intermediate_size": width}
+    return {"num_shared_experts": number, "moe_shared_expert_intermediate_size": width // number}
 
 
 def _check_expressible(model: ModelConfig) -> None:
@@ -123,6 +123,15 @@ def _check_expressible(model: ModelConfig) -> None:
             raise UserError(
                 f"model.mcore.{name}: a Hugging Face directory of this architecture cannot say it, and it may change "
                 "what the model computes; such a model cannot be exported"
+            )
+    groups, group_topk = model.moe_router_num_groups, model.moe_router_group_topk
+    if groups is not None and model.num_moe_experts is not None:
+        size = model.num_moe_experts // groups
+        if group_topk is None or size < 2 or size * groups != model.num_moe_experts:
+            raise UserError(
+                f"model.moe_router_num_groups: {groups} groups of {model.num_moe_experts} experts, {group_topk} "
+                "chosen: a Hugging Face directory of this architecture has groups of equal size, which are chosen by "
+                "their two best experts; such a model cannot be exported"
             )
 
 
@@ -201,16 +210,21 @@ def _activations(config: Mapping[str, Any], where: str) -> dict[str, Any]:
 # ---- back
 
 
+def check_architecture(config: Mapping[str, Any], where: str) -> None:
+    """UserError where a config.json is not of Ling 2.0's architecture."""
+    architectures = config.get("architectures") or []
+    if ARCHITECTURE not in architectures:
+        found = ", ".join(map(str, architectures)) or "none named"
+        raise UserError(f"{where}: architecture {found}; ling reads {ARCHITECTURE} (Ling 2.0 and its own exports)")
+
+
 def model_config(config: Mapping[str, Any], where: str) -> ModelConfig:
     """The model's settings from a config.json.
 
     Raises:
         UserError: it is of another architecture, lacks a key, or says something that `ling` does not have.
     """
-    architectures = config.get("architectures") or []
-    if ARCHITECTURE not in architectures:
-        found = ", ".join(map(str, architectures)) or "none named"
-        raise UserError(f"{where}: architecture {found}; ling reads {ARCHITECTURE} (Ling 2.0 and its own exports)")
+    check_architecture(config, where)
     for key, value in _FIXED.items():
         if key in config and (config[key] or None) != (value or None):
             raise UserError(f"{where}: {key} is {config[key]!r}; ling has {value!r} only")
@@ -248,7 +262,7 @@ def _values(config: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 def _moe_values(config: Mapping[str, Any], get: Any) -> dict[str, Any]:
     number = config.get("num_shared_experts") or 0
-    width = config.get("moe_shared_expert_intermediate_size") or number * get("moe_intermediate_size")
+    width = number * (config.get("moe_shared_expert_intermediate_size") or get("moe_intermediate_size"))
     groups, group_topk = config.get("n_group") or 1, config.get("topk_group") or 1
     return {
         "first_k_dense_replace": config.get("first_k_dense_replace") or 0,

@@ -123,7 +123,7 @@ def _stock(config: dict[str, Any]) -> str:
         return "The activation is SwiGLU, so inclusionAI's own code for Ling 2.0 loads this directory, too."
     return (
         f"`hidden_act` is `{config['hidden_act']}`, which other code for this architecture may not know; "
-        "what does not read that key would compute something else."
+        "what does not read that key, such as vLLM, would compute something else."
     )
 
 

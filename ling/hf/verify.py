@@ -9,7 +9,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,13 +25,13 @@ from ling.config.errors import UserError
 from ling.data.tokenizer import load_tokenizer
 from ling.hf.alone import model_without_weights
 from ling.hf.compare import Outputs, Verdict, compare
-from ling.hf.config import hf_config
+from ling.hf.config import check_architecture, hf_config
 from ling.hf.export import Source
 from ling.hf.importing import check_tensors, read_config
 from ling.hf.names import SHARED_SCALARS, canonical, keeps_fp32, place_of
 from ling.hf.safetensors import Reader
 from ling.hf.samples import Sample
-from ling.hf.streamed import stream_weights
+from ling.hf.streamed import stream_weights, weights_on_meta
 from ling.model.init import global_names
 from ling.model.router import routers
 from ling.model.scalars import activations
@@ -58,10 +59,12 @@ def verify(source: Source, folder: Path, sample: Sample) -> Verdict:
     """Compare the checkpoint `source` with the model directory `folder` on the tokens of a sample.
 
     Raises:
-        UserError: transformers is missing, or the directory lacks a tensor or has one without use.
+        UserError: transformers is missing, the directory is of another architecture, lacks a tensor or has one without
+            use, or its code fails.
     """
     require_transformers()
     config = read_config(folder)
+    check_architecture(config, str(folder / "config.json"))
     problems = _config_problems(source, config)
     reader = Reader(folder)
     check_tensors(source.all_pieces, reader.entries, folder)
@@ -155,7 +158,7 @@ def _place_scalars(source: Source, model: Any, read: Callable[[str], torch.Tenso
 
 def their_outputs(folder: Path, config: dict[str, Any], reader: Reader, tokens: torch.Tensor) -> Outputs:
     """The model of a directory's Python code with the directory's tensors."""
-    with torch.device("meta"):
+    with _their_code(folder), weights_on_meta():
         model = model_class(folder, config)(_their_config(folder, config)).eval()
     stream_weights(model, lambda name: reader.read(name).float())
     chosen: list[torch.Tensor] = []
@@ -172,7 +175,8 @@ def their_outputs(folder: Path, config: dict[str, Any], reader: Reader, tokens: 
             # before the hook that drops the weights
             module.register_forward_hook(record, prepend=True)
     asks = "output_mtp_logits" in inspect.signature(model.forward).parameters
-    output = model(tokens, use_cache=False, **({"output_mtp_logits": True} if asks else {}))
+    with _their_code(folder):
+        output = model(tokens, use_cache=False, **({"output_mtp_logits": True} if asks else {}))
     mtp = getattr(output, "mtp_logits", None)
     return Outputs(output.logits, mtp[0] if mtp else None, chosen, selection)
 
@@ -195,10 +199,19 @@ def _class(folder: Path, config: dict[str, Any], key: str) -> Any:
     if not (folder / f"{file}.py").is_file():
         raise UserError(f"{folder} has no {file}.py, which config.json names; fetch or export it anew")
     package = _package(folder)
+    return getattr(importlib.import_module(f"{package}.{file}"), cls)
+
+
+@contextmanager
+def _their_code(folder: Path) -> Iterator[None]:
+    """What a directory's code raises is the user's to mend."""
     try:
-        return getattr(importlib.import_module(f"{package}.{file}"), cls)
-    except Exception as error:  # somebody else's code
-        raise UserError(f"{folder / file}.py cannot be imported: {type(error).__name__}: {error}") from error
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = (str(error) or "no reason given").splitlines()[0]
+        raise UserError(f"{folder}: its Python code fails with {type(error).__name__}: {reason}") from error
 
 
 def _package(folder: Path) -> str:

@@ -1,26 +1,24 @@
 """A trained run through the front door: export, comparison, import, and evaluation by lm-evaluation-harness."""
 
-import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 
 from tests.e2e.cli import ling
-from tests.hf.directories import needs_transformers
+from tests.hf.directories import edit_config, read_all, rewrite
 
 
 @pytest.fixture(scope="module")
 def exported(finished, place):
     run, _ = finished
-    verify = ["--verify"] if importlib.util.find_spec("transformers") else []
-    done = ling("export", str(run), "exported", *verify, cwd=place)
+    done = ling("export", str(run), "exported", "--verify", cwd=place)
     assert done.code == 0, done
-    if verify:
-        assert "validation data 'held_out'" in done.out
-        assert "verified" in done.out
+    assert "validation data 'held_out'" in done.out
+    assert "verified" in done.out
     return place / "exported"
 
 
@@ -59,6 +57,40 @@ def test_verification_without_transformers(finished, place):
     assert not (place / ".unwanted.partial").exists()
 
 
+def cut(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+UP = "model.layers.1.mlp.experts.2.up_proj.weight"
+WRONG = {
+    "weights cut short": (cut, 2),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), 2),
+    "no config": (lambda folder: (folder / "config.json").unlink(), 2),
+    "another architecture": (lambda folder: edit_config(folder, architectures=["Qwen3MoeForCausalLM"]), 2),
+    "missing tensor": (lambda folder: rewrite(folder, {UP: None}), 2),
+    "unknown hidden_act": (lambda folder: edit_config(folder, hidden_act="swish9"), 2),
+    "nan": (lambda folder: rewrite(folder, {UP: read_all(folder)[UP] * float("nan")}), 1),
+}
+
+
+@pytest.mark.parametrize("how", WRONG)
+def test_comparison_with_a_wrong_directory(exported, finished, tmp_path, how):
+    """One line and code 2 where nothing can be compared, the verdict and code 1 where the numbers are wrong."""
+    change, code = WRONG[how]
+    shutil.copytree(exported, tmp_path / "hf")
+    change(tmp_path / "hf")
+    done = ling("export", str(finished[0]), "hf", "--verify-only", cwd=tmp_path)
+    assert done.code == code, done
+    if code == 2:
+        assert done.err.startswith("ling: error: "), done
+        assert done.err.count("\n") == 1, done
+        assert done.out == ""
+    else:
+        assert "logits differ by nan" in done.out
+        assert done.out.endswith("NOT the same model\n")
+
+
 TASK = """
 task: local_words
 dataset_path: json
@@ -72,11 +104,6 @@ metric_list: [{{metric: acc}}]
 """
 
 
-@pytest.mark.slow
-@needs_transformers
-@pytest.mark.skipif(
-    importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed: pip install lm-eval[hf]"
-)
 def test_lm_evaluation_harness_offline(exported, place):
     tasks = place / "tasks"
     tasks.mkdir()

@@ -12,6 +12,7 @@ from ling.hf.aside import partial_of
 from ling.hf.export import Options, export, open_source, slabs_of
 from ling.hf.safetensors import Writer
 from tests.checkpoint.files import make_checkpoint as checkpoint_of_tensors
+from tests.dist.training import tiny_config
 from tests.hf.directories import DENSE, MOE, draw, make_checkpoint, read_all
 from tests.hf.test_names import assemble
 
@@ -162,6 +163,12 @@ def test_no_room(tmp_path, moe, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+ROUTERS = {
+    "groups of one expert": {"moe_router_num_groups": MOE.num_moe_experts},
+    "groups without a number to choose": {"moe_router_group_topk": None},
+}
+
+
 def bad_checkpoint(folder, how):
     """A checkpoint folder with something wrong."""
     tensors, model = draw(MOE), MOE
@@ -178,6 +185,9 @@ def bad_checkpoint(folder, how):
         tensors[name][3, 2, 1] = float(how)
     elif how == "other mcore field":
         model = replace(MOE, mcore={"softmax_scale": 0.5})
+    elif how in ROUTERS:
+        config = replace(tiny_config(model=MOE), model=replace(MOE, **ROUTERS[how]))  # past the rules of configs
+        return make_checkpoint(folder, MOE, tensors, config=config)
     elif how == "small vocabulary":
         model = replace(MOE, vocab_size=64)
         tensors = draw(model)
@@ -188,7 +198,6 @@ def bad_checkpoint(folder, how):
 
 def exported_config():
     from ling.config.report import to_dict
-    from tests.dist.training import tiny_config
 
     return to_dict(tiny_config(model=MOE, precision={"recipe": "fp32"}))
 
@@ -203,6 +212,7 @@ def exported_config():
         "nan",
         "inf",
         "other mcore field",
+        *ROUTERS,
         "small vocabulary",
         "no tokenizer",
     ],

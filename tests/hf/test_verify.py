@@ -12,6 +12,7 @@ from ling.hf.compare import Outputs, compare
 from ling.hf.export import Options, export, open_source
 from ling.hf.importing import import_model
 from ling.hf.samples import Sample
+from ling.hf.streamed import stream_weights, weights_on_meta
 from ling.hf.verify import our_outputs, verify
 from tests.activations.specs import NAMES, spec
 from tests.hf.directories import DENSE, MOE, draw, edit_config, make_checkpoint, needs_transformers, read_all, rewrite
@@ -216,6 +217,82 @@ def test_scale_of_the_tolerance():
     assert not compare(Outputs(logits, None, chosen), Outputs(logits + 2e-4, None, chosen)).problems
     assert compare(Outputs(logits, None, chosen), Outputs(logits + 5e-4, None, chosen)).problems
     assert compare(Outputs(logits, logits, chosen), Outputs(logits, None, chosen)).problems
+
+
+def test_the_worst_position_is_named():
+    logits = torch.randn(2, 20, 8, generator=torch.Generator().manual_seed(0))
+    other = logits.clone()
+    other[0, 3, 1] += 0.1
+    other[1, 7, 5] += 0.2
+    chosen = [torch.tensor([0, 1]).expand(2, 20, 2).clone() for _ in range(3)]
+    turned = [layer.clone() for layer in chosen]
+    turned[1][1, 4, 1] = 2
+    scores = [torch.rand(2, 20, 4) + torch.tensor([3.0, 2.0, 1.0, 0.0]) for _ in range(3)]
+    verdict = compare(Outputs(logits, logits, chosen), Outputs(other, logits, turned, scores))
+    assert "sequence 1, position 7, token 5" in verdict.lines[-2]
+    assert verdict.lines[0] == "chosen experts: 119 of 120 choices agree"
+    assert verdict.problems[0].startswith("router 1 (of those with experts), sequence 1, position 4: experts [0, 1]")
+    assert verdict.text.endswith("NOT the same model")
+
+
+class Toy(torch.nn.Module):
+    """Weights, a buffer that is stored, and a table that is not."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = torch.nn.Linear(3, 2)
+        self.register_buffer("bias", torch.zeros(2))
+        self.register_buffer("table", torch.arange(2.0) + 1, persistent=False)
+
+    def forward(self, x):
+        return (self.inner(x) + self.bias) * self.table
+
+
+def test_tables_of_the_code_stay_and_weights_come_when_they_are_needed():
+    whole = Toy()
+    whole.bias += 3
+    stored, x = whole.state_dict(), torch.randn(4, 3)
+    with weights_on_meta():
+        model = Toy()
+    assert all(tensor.is_meta for tensor in model.state_dict().values())
+    stream_weights(model, stored.__getitem__)
+    assert torch.equal(model(x), whole(x))
+    assert all(tensor.is_meta for tensor in model.state_dict().values())
+    assert not Toy().inner.weight.is_meta
+
+
+@needs_transformers
+def test_neither_side_is_in_memory_as_a_whole(tmp_path):
+    """What has been read and is still alive, whenever something is read: never more than the largest module."""
+    import weakref
+    from unittest.mock import patch
+
+    from ling.hf import verify as module
+
+    model = replace(MOE, num_layers=6)
+    source = exported(tmp_path, model)
+    most: list[int] = []
+
+    def tracked(streamed, read):
+        alive: dict[int, int] = {}
+        most.append(0)
+        side = len(most) - 1
+
+        def watch(name):
+            tensor = read(name)
+            key = tensor.data_ptr()
+            alive[key] = tensor.nbytes
+            weakref.finalize(tensor.untyped_storage(), alive.pop, key, None)
+            most[side] = max(most[side], sum(alive.values()))
+            return tensor
+
+        stream_weights(streamed, watch)
+
+    with patch.object(module, "stream_weights", tracked):
+        assert not verify(source, tmp_path / "hf", sample()).problems
+    whole = sum(tensor.nbytes for tensor in read_all(tmp_path / "hf").values())
+    assert len(most) == 2
+    assert all(0 < size < whole / 4 for size in most), (most, whole)
 
 
 def test_draws_matter():

@@ -49,7 +49,7 @@ class BailingMoeV2Config(PretrainedConfig):
     """
 
     model_type = "bailing_moe"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
     # not a property that renames other keys, as in transformers 5
     rope_scaling = None
 
@@ -72,7 +72,7 @@ class BailingMoeV2Config(PretrainedConfig):
         """Width of all shared experts together; 0 where there are none."""
         if not self.num_shared_experts:
             return 0
-        return self.moe_shared_expert_intermediate_size or self.num_shared_experts * (self.moe_intermediate_size or 0)
+        return self.num_shared_experts * (self.moe_shared_expert_intermediate_size or self.moe_intermediate_size or 0)
 
     def is_moe_layer(self, layer: int) -> bool:
         """Whether a layer (0-based, MTP layers after the others) has experts."""

@@ -202,7 +202,12 @@ class BailingMoeV2Attention(nn.Module):
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         q, k = _rotate(q, *rotary), _rotate(k, *rotary)
         if cache is not None:
-            k, v = cache.update(k, v, self.layer_idx)
+            past = int(cache.get_seq_length(self.layer_idx))
+            end = past + q.shape[2]
+            places = torch.arange(past, end, device=k.device)
+            k, v = cache.update(k, v, self.layer_idx, {"cache_position": places})
+            k, v = k[:, :, :end], v[:, :, :end]  # without the empty places of a static cache
+            mask = mask if mask is None else mask[..., :end]
         k, v = (t.repeat_interleave(self.heads // self.groups, dim=1) for t in (k, v))
         if self.config._attn_implementation == "eager":
             y, weights = _eager_attention(q, k, v, mask)

@@ -7,7 +7,7 @@ Nothing here depends on the version of transformers beyond its base classes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -30,6 +30,8 @@ from .layers_bailing_moe_v2 import (
 )
 
 ACTIVATIONS.update(ROWS)
+# transformers 5.24 renames `past_key_values` to `cache`: callers say either, outputs have the one that is theirs
+_CACHE = "cache" if any(field.name == "cache" for field in fields(CausalLMOutputWithPast)) else "past_key_values"
 
 
 @dataclass
@@ -50,6 +52,7 @@ class BailingMoeV2PreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = True
     _supports_cache_class = True
+    _supports_static_cache = True
 
     def post_init(self) -> None:
         super().post_init()
@@ -97,6 +100,7 @@ class BailingMoeV2Model(BailingMoeV2PreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> Any:
         if (input_ids is None) == (inputs_embeds is None):
@@ -104,7 +108,8 @@ class BailingMoeV2Model(BailingMoeV2PreTrainedModel):
         x = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         recompute = self.gradient_checkpointing and self.training
         use_cache = bool(getattr(self.config, "use_cache", True) if use_cache is None else use_cache) and not recompute
-        cache = (past_key_values if past_key_values is not None else DynamicCache()) if use_cache else None
+        cache = _either(past_key_values, cache)
+        cache = (DynamicCache() if cache is None else cache) if use_cache else None
         rotary, mask = self._tables(x, attention_mask, position_ids, cache)
         states, attentions = [x], []
         for layer in self.layers[: self.config.num_hidden_layers]:
@@ -119,14 +124,14 @@ class BailingMoeV2Model(BailingMoeV2PreTrainedModel):
         states[-1] = x
         output = BaseModelOutputWithPast(
             last_hidden_state=x,
-            past_key_values=cache,
             hidden_states=tuple(states) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
+            **{_CACHE: cache},
         )
         return output if return_dict is None or return_dict else output.to_tuple()
 
     def _tables(self, x: Tensor, attention_mask: Any, position_ids: Any, cache: Any) -> tuple[Any, Tensor | None]:
-        past = 0 if cache is None else cache.get_seq_length()
+        past = 0 if cache is None else int(cache.get_seq_length())
         if position_ids is None:
             position_ids = torch.arange(past, past + x.shape[1], device=x.device)[None]
         mask = _attention_mask(attention_mask, x.shape[1], past, x)
@@ -142,6 +147,12 @@ class BailingMoeV2Model(BailingMoeV2PreTrainedModel):
             hidden = layer.predict(self.word_embeddings(input_ids), hidden, rotary, mask)
             found.append(hidden)
         return found
+
+
+def _either(past_key_values: Any, cache: Any) -> Any:
+    if past_key_values is not None and cache is not None:
+        raise ValueError("give either past_key_values or cache, which are the same")
+    return cache if past_key_values is None else past_key_values
 
 
 def _attention_mask(attention_mask: Tensor | None, length: int, past: int, x: Tensor) -> Tensor | None:
@@ -197,6 +208,7 @@ class BailingMoeV2ForCausalLM(BailingMoeV2PreTrainedModel, GenerationMixin):
         output_mtp_logits: bool = False,
         return_dict: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: Any = None,
         **kwargs: Any,
     ) -> Any:
         """As every causal language model of transformers.
@@ -204,8 +216,10 @@ class BailingMoeV2ForCausalLM(BailingMoeV2PreTrainedModel, GenerationMixin):
         With `output_mtp_logits`, which needs whole sequences of `input_ids`, the MTP layers' logits too. In training
         with labels their loss, times `mtp_loss_scaling_factor`, is part of `loss`.
         """
+        cache = _either(past_key_values, cache)
+        past = 0 if cache is None else int(cache.get_seq_length())
         found = self.model(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache,
+            input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache,
             output_attentions, output_hidden_states, return_dict=True,
         )  # fmt: skip
         hidden = found.last_hidden_state
@@ -216,9 +230,7 @@ class BailingMoeV2ForCausalLM(BailingMoeV2PreTrainedModel, GenerationMixin):
         factor = self.config.mtp_loss_scaling_factor
         trains_mtp = loss is not None and self.training and bool(factor)
         if self.config.num_nextn_predict_layers and (output_mtp_logits or trains_mtp):
-            if input_ids is None or (
-                past_key_values is not None and past_key_values.get_seq_length() > hidden.shape[1]
-            ):
+            if input_ids is None or past:
                 raise ValueError("MTP logits need input_ids of whole sequences")
             heads = self.model.mtp_hidden(input_ids, hidden, attention_mask, position_ids)
             mtp_logits = tuple(self.lm_head(head) for head in heads)
@@ -230,11 +242,11 @@ class BailingMoeV2ForCausalLM(BailingMoeV2PreTrainedModel, GenerationMixin):
         output = BailingMoeV2Output(
             loss=loss,
             logits=logits,
-            past_key_values=found.past_key_values,
             hidden_states=found.hidden_states,
             attentions=found.attentions,
             mtp_loss=mtp_loss,
             mtp_logits=mtp_logits if output_mtp_logits else None,
+            **{_CACHE: getattr(found, _CACHE)},
         )
         return output if return_dict is None or return_dict else output.to_tuple()
 
