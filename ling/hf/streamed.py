@@ -46,7 +46,7 @@ def stream_weights(model: torch.nn.Module, read: Callable[[str], torch.Tensor]) 
         own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         absent = {name: tensor for name, tensor in own if tensor.is_meta}
         if absent:
-            loader = _Loader(f"{prefix}.", absent, read)
+            loader = _Loader(f"{prefix}." if prefix else "", absent, read)
             module.register_forward_pre_hook(loader.fetch)
             module.register_forward_hook(loader.drop, always_call=True)
 
