@@ -67,7 +67,9 @@ class Trainer:
     def __post_init__(self) -> None:
         self.num_microbatches = num_microbatches(self.config, self.world.size)
         self._data_sum = 0
-        self.checkpoints = CheckpointManager(self.config, self.run_dir, self.chunks, self.optimizer, self._print)
+        self.checkpoints = CheckpointManager(
+            self.config, self.run_dir, self.chunks, self.optimizer, self._print, self._log_event
+        )
         model_config = self.chunks[0].config
         model_config.finalize_model_grads_func = finalize_step
         model_config.grad_scale_func = self.optimizer.scale_loss
@@ -90,6 +92,7 @@ class Trainer:
         batches = self._iterators(self.train_stream, self.consumed_samples, self.config.data.num_workers)
         self._own_garbage_collection()
         evaluated = saved = self.step
+        self.checkpoints.exports.resume(self.step)
         if self.owes_evaluation:
             self.evaluate()
         while self.step < train.train_iters and not self.is_stopped:
@@ -114,6 +117,7 @@ class Trainer:
             self._save_timed(final=True)
         self.checkpoints.close()
         self.evaluate_merge()
+        self._finish_exports()
 
     def train_step(self, batches: list[Iterator[Any]]) -> dict[str, Any]:
         """One update of the weights from one global batch; what there is to log of it.
@@ -224,6 +228,12 @@ class Trainer:
         self.save(final)
         self.job.deadline.measured_save(max(time.monotonic() - start, self.checkpoints.last_save_s))
 
+    def _finish_exports(self) -> None:
+        """Wait for exports in the background, unless the job has to stop."""
+        self.job.progress.mark("waiting for exports", is_slow=True)
+        while not self.checkpoints.all_exported(self.is_stopped or any(self.job.wishes())):
+            self.job.progress.tick()
+
     def _run_microbatches(self, batches: list[Any], count: int, forward_only: bool = False) -> list[dict[str, Any]]:
         return forward_backward(
             self._forward,
@@ -293,6 +303,9 @@ class Trainer:
         interval, total = self.config.observe.log_interval, self.config.train.train_iters
         if self.step % interval == 0 or self.step == total:
             self._print(console.step_line(record, total))
+
+    def _log_event(self, record: dict[str, Any]) -> None:
+        self.loggers.log({"step": self.step, **record})
 
     def _own_garbage_collection(self) -> None:
         """From here on garbage is collected between steps, at the same step on all ranks, not whenever Python likes."""

@@ -15,6 +15,7 @@ import torch
 
 from ling.checkpoint import random_states
 from ling.checkpoint.control import Control
+from ling.checkpoint.exports import Exports, exports_run
 from ling.checkpoint.folder import (
     Manifest,
     checkpoints,
@@ -38,6 +39,7 @@ from ling.config.report import to_dict
 from ling.parallel.groups import World
 
 _MAX_THREADS = 4
+_EXPORT_POLL_S = 1.0
 
 
 class CheckpointError(RuntimeError):
@@ -75,14 +77,22 @@ class CheckpointManager:
         chunks: this rank's model chunks.
         optimizer: megatron-core's.
         announce: takes each line that the user should read; what it does on ranks other than 0 is its own affair.
+        log: takes records for the run's metrics.
     """
 
     def __init__(
-        self, config: Config, run_dir: Path, chunks: list[Any], optimizer: Any, announce: Callable[[str], None]
+        self,
+        config: Config,
+        run_dir: Path,
+        chunks: list[Any],
+        optimizer: Any,
+        announce: Callable[[str], None],
+        log: Callable[[dict[str, Any]], None] = lambda record: None,
     ) -> None:
         self._config, self._run_dir, self._announce = config, run_dir, announce
         self._chunks, self._optimizer = chunks, optimizer
         self._control = Control()
+        self.exports = Exports(config, run_dir, self._control.rank == 0, announce, log)
         self._state: RankState | None = None
         self._plan: Plan | None = None
         self._staging: Staging | None = None
@@ -135,8 +145,9 @@ class CheckpointManager:
     def poll(self) -> None:
         """Complete a save in the background that all ranks have written. Call it after every step.
 
-        A save that failed is reported, and the next one will be synchronous.
+        A save that failed is reported, and the next one will be synchronous. So is an export that ended.
         """
+        self.exports.poll()
         if self._under_way is not None and self._control.all_true(self._under_way.job.is_done):
             self._finish()
 
@@ -155,6 +166,23 @@ class CheckpointManager:
             self._remover.join()
         if self._failed is not None:
             raise CheckpointError(self._failed)
+
+    def all_exported(self, must_stop: bool) -> bool:
+        """Wait a moment for exports; whether all are done. With `must_stop` they are left to the run's next start.
+
+        Checkpoints that were kept for them alone go then.
+        """
+        if not exports_run(self._config.checkpoint):
+            return True
+        if must_stop:
+            self.exports.stop()
+        if not self._control.all_true(self.exports.wait(_EXPORT_POLL_S)):
+            return False
+        if not must_stop:
+            self._retire()
+            if self._remover is not None:
+                self._remover.join()
+        return True
 
     def load(self, folder: Path, *, moments: bool = True) -> Manifest:
         """Read weights and, with `moments`, the optimizer's state into this rank's tensors.
@@ -288,6 +316,7 @@ class CheckpointManager:
         seconds = time.perf_counter() - save.started
         self.last_save_s = seconds
         self._announce(f"saved {save.folder}" + (f" in the background, {seconds:.1f} s" if save.is_async else ""))
+        self.exports.completed(save.position.step, save.folder)
         self._retire()
 
     def _complete(self, save: _Save, by_rank: list[tuple[Written, int]]) -> None:
@@ -337,7 +366,7 @@ class CheckpointManager:
         if self._control.rank != 0 or settings.keep_last is None:
             return
         try:
-            retired = retire(self._run_dir, settings.keep_last, settings.keep_every)
+            retired = retire(self._run_dir, settings.keep_last, settings.keep_every, self.exports.pending)
         except (OSError, UserError) as error:
             self._announce(f"warning: older checkpoints were not removed: {error}")
             return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from ling.checkpoint.folder import checkpoints, read_manifest
@@ -25,8 +25,11 @@ def to_remove(steps: Sequence[int], keep_last: int | None, keep_every: int | Non
     return [step for step in rest if not (keep_every and step % keep_every == 0)]
 
 
-def retire(run_dir: Path, keep_last: int | None, keep_every: int | None) -> list[Path]:
+def retire(run_dir: Path, keep_last: int | None, keep_every: int | None, in_use: Collection[int] = ()) -> list[Path]:
     """Rename the checkpoints that need not be kept aside, once the newest is seen to be whole.
+
+    Args:
+        in_use: steps whose checkpoints are being read and stay for now.
 
     Returns:
         The folders' new names, for `remove`. Until then they can be renamed back.
@@ -35,7 +38,7 @@ def retire(run_dir: Path, keep_last: int | None, keep_every: int | None) -> list
         DamagedCheckpointError: the newest is not whole; nothing was renamed.
     """
     found = dict(checkpoints(run_dir))
-    steps = to_remove(list(found), keep_last, keep_every)
+    steps = [step for step in to_remove(list(found), keep_last, keep_every) if step not in in_use]
     if not steps:
         return []
     read_manifest(found[max(found)])

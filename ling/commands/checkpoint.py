@@ -132,12 +132,13 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _prune(args: argparse.Namespace) -> int:
+    from ling.checkpoint.exports import half_exported
     from ling.checkpoint.folder import checkpoints, read_manifest
     from ling.checkpoint.retention import remove, retire, to_remove
 
     run = _run_of(args.run)
-    found = dict(checkpoints(run))
-    steps = to_remove(list(found), args.keep_last, args.keep_every)
+    found, in_use = dict(checkpoints(run)), half_exported(run)
+    steps = [step for step in to_remove(list(found), args.keep_last, args.keep_every) if step not in in_use]
     if not steps:
         print(f"{run}: nothing to remove, {len(found)} checkpoints stay")
         return 0
@@ -146,7 +147,7 @@ def _prune(args: argparse.Namespace) -> int:
         print(f"{run}: would remove {len(steps)} of {len(found)} checkpoints: {names}")
         return 0
     read_manifest(found[max(found)], "always")
-    remove(retire(run, args.keep_last, args.keep_every))
+    remove(retire(run, args.keep_last, args.keep_every, in_use))
     print(f"{run}: removed {len(steps)} of {len(found)} checkpoints: {names}")
     return 0
 

@@ -59,10 +59,12 @@ def _as_json(config: Config) -> str:
 
 def _checked(config: Config, world_size: int | None) -> str:
     """The checks that need megatron-core, and the model and layout in words."""
+    from ling.commands.export import check_exports_of
     from ling.model.build import check_model_config
     from ling.model.counts import count_parameters
 
     check_model_config(config)
+    check_exports_of(config, whole=False)
     counts = count_parameters(config.model)
     text = f"{counts.total:,} parameters ({counts.activated:,} activated per token)"
     if world_size is not None:

@@ -8,13 +8,16 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ling.checkpoint.exports import exports_run, give_way
 from ling.commands import positive_int
 from ling.config.errors import UserError
+from ling.config.schema import Config
 
 if TYPE_CHECKING:
     from ling.hf.export import Source
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+SETTINGS = "checkpoint.export_every=null checkpoint.export_at_end=false"
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -52,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Export, compare, or both; 1 where both sides differ."""
+    give_way()
     if args.verify and args.verify_only:
         raise UserError("--verify and --verify-only: give one; --verify-only compares what is there already")
     if args.data is not None and not (args.verify or args.verify_only):
@@ -89,6 +93,26 @@ def run(args: argparse.Namespace) -> int:
         return 1
     print(f"{args.out}: step {source.manifest.step} of {source.folder}, {source.dtype}")
     return 0
+
+
+def check_exports_of(config: Config, whole: bool) -> None:
+    """Where a run is to export its checkpoints, see that it can, before it starts.
+
+    Args:
+        whole: look at the tokenizer, too, which must be there then.
+
+    Raises:
+        UserError: a model directory cannot express the model or the tokenizer.
+    """
+    if not exports_run(config.checkpoint):
+        return
+    from ling.hf.export import check_model, check_run
+
+    try:
+        check_run(config) if whole else check_model(config.model)
+    except UserError as error:
+        key = "export_every" if config.checkpoint.export_every is not None else "export_at_end"
+        raise UserError(f"checkpoint.{key}: {error}; or do without exports: {SETTINGS}") from None
 
 
 def _command(args: argparse.Namespace) -> str:

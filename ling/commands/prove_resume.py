@@ -43,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--stop-at: {stop_at} is not before the end of the run ({args.steps}); give --steps more")
     settings = [*args.overrides, f"train.train_iters={args.steps}", "observe.tensorboard=false"]
     settings += ["observe.wandb=disabled", "checkpoint.keep_last=null", "train.time_limit=null"]
+    settings += ["checkpoint.export_every=null", "checkpoint.export_at_end=false"]
     settings += [f"checkpoint.save_interval={stop_at}"]
     then = [*settings, *args.then]
     then_nproc = args.then_nproc or args.nproc

@@ -87,9 +87,11 @@ def _check(config: Config, world_size: int) -> Platform:
     config.precision.recipe = precision_recipe(config.precision, platform)
     choose_for(config, platform.name)
     _check_loggers(config)
+    from ling.commands.export import check_exports_of
     from ling.model.build import check_model_config
 
     check_model_config(config)
+    check_exports_of(config, whole=True)
     return platform
 
 

@@ -166,6 +166,17 @@ def _checkpoints(config: Config, world: int | None) -> Iterator[str]:
             f"checkpoint.merge_eval_last: {settings.merge_eval_last} checkpoints are to be merged, but only "
             f"checkpoint.keep_last={settings.keep_last} are kept; raise checkpoint.keep_last"
         )
+    every, interval = settings.export_every, settings.save_interval
+    if every is not None and interval == 0:
+        yield (
+            "checkpoint.export_every: an export is made of a checkpoint, and with checkpoint.save_interval=0 there is "
+            "one at the end only; set checkpoint.save_interval, or checkpoint.export_at_end=true in its place"
+        )
+    elif every is not None and every % interval:
+        yield (
+            f"checkpoint.export_every: {every} is no multiple of checkpoint.save_interval ({interval}), and an export "
+            f"is made of a checkpoint; write {interval * max(1, round(every / interval))}"
+        )
 
 
 RULES: tuple[Rule, ...] = (

@@ -210,6 +210,10 @@ class CheckpointConfig:
     merge_eval_schedule: str = opt(
         "linear", "decay that the merge stands for", choices=("linear", "cosine", "1-sqrt", "mean")
     )
+    export_every: int | None = opt(
+        None, "export to a Hugging Face model directory every so many steps, in the background; null: never", ge=1
+    )
+    export_at_end: bool = opt(False, "export the checkpoint of the last step")
 
 
 @dataclass

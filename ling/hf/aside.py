@@ -27,7 +27,10 @@ def check_room(out: Path, need: int) -> None:
     """Make `out`'s parent folder; UserError where `out` exists or the disk has less free than `need` bytes."""
     if out.exists():
         raise UserError(f"{out} exists already; choose another folder, or remove it")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out.parent} cannot be made ({error.strerror}); choose another folder") from None
     partial = partial_of(out)
     there = sum(path.stat().st_blocks * 512 for path in partial.rglob("*")) if partial.is_dir() else 0
     need += SPARE_BYTES - there

@@ -8,17 +8,18 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
-from ling.checkpoint.folder import Manifest
+from ling.checkpoint.folder import MANIFEST, TOKENIZER, Manifest, copy_tokenizer
 from ling.checkpoint.parts import Part, state_key
 from ling.checkpoint.restore import saved_config
 from ling.checkpoint.torch_dist import Reader, TensorInfo
 from ling.config.derived import padded_vocab_size
 from ling.config.errors import UserError
-from ling.config.schema import Config
+from ling.config.schema import Config, ModelConfig
 from ling.hf import shipped
 from ling.hf.aside import ForeignRemainsError, check_room, written_aside
 from ling.hf.config import hf_config
@@ -137,12 +138,31 @@ def prepare(checkpoint: Path, out: Path, options: Options) -> Source:
     return source
 
 
-def _contents(source: Source, options: Options) -> tuple[Layout, TokenizerFiles, dict[str, Any]]:
-    model = source.config.model
-    tokenizer = tokenizer_files(source.folder / "tokenizer", model.max_position_embeddings)
+def check_model(model: ModelConfig) -> None:
+    """UserError where a model directory cannot express a model."""
+    hf_config(model, "bfloat16", dict.fromkeys(("bos", "eos", "pad")))
+    shipped.activation_file(model)
+
+
+def check_run(config: Config) -> None:
+    """UserError where the checkpoints of a run that has not begun yet could not be exported."""
+    check_model(config.model)
+    with TemporaryDirectory() as folder:
+        copy_tokenizer(Path(config.data.tokenizer), Path(folder))
+        _tokenizer_of(config.model, Path(folder), config.data.tokenizer)
+
+
+def _tokenizer_of(model: ModelConfig, checkpoint: Path, where: object) -> TokenizerFiles:
+    tokenizer = tokenizer_files(checkpoint / TOKENIZER, model.max_position_embeddings)
     rows = padded_vocab_size(model)
     if tokenizer.vocab_size > rows:
-        raise UserError(f"{source.folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {rows}")
+        raise UserError(f"{where}: the tokenizer has {tokenizer.vocab_size} tokens, the model {rows}")
+    return tokenizer
+
+
+def _contents(source: Source, options: Options) -> tuple[Layout, TokenizerFiles, dict[str, Any]]:
+    model = source.config.model
+    tokenizer = _tokenizer_of(model, source.folder, source.folder)
     dtype = DTYPES[source.dtype]
     tensors = [
         (piece.name, torch.float32 if keeps_fp32(piece.name) else dtype, piece.shape) for piece in source.all_pieces
@@ -170,7 +190,8 @@ def _check_plan(source: Source, folder: Path, layout: Layout) -> None:
     """Files of an interrupted export are used only where they are parts of this one."""
     headers = hashlib.sha256(b"".join(layout.headers.values())).hexdigest()
     ours = {"checkpoint": str(source.folder.resolve()), "step": source.manifest.step, "headers": headers}
-    ours["metadata"] = hashlib.sha256((source.folder / ".metadata").read_bytes()).hexdigest()
+    # its checksums are in it: a step that was done again has other weights at the same places
+    ours["manifest"] = hashlib.sha256((source.folder / MANIFEST).read_bytes()).hexdigest()
     path = folder / _PLAN
     if path.is_file() and json.loads(path.read_text() or "{}") != ours:
         raise ForeignRemainsError(f"{folder} is what an interrupted export of something else has left; remove it")

@@ -44,7 +44,7 @@ def draw(model: ModelConfig, dtype: torch.dtype = torch.float32, seed: int = 0) 
     return tensors
 
 
-def make_tokenizer(folder: Path) -> None:
+def make_tokenizer(folder: Path, keeps_spaces: bool = True) -> None:
     """A SentencePiece tokenizer of at most 300 tokens."""
     from sentencepiece import SentencePieceTrainer
 
@@ -58,7 +58,7 @@ def make_tokenizer(folder: Path) -> None:
             vocab_size=290,
             hard_vocab_limit=False,
             normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
+            remove_extra_whitespaces=not keeps_spaces,
             add_dummy_prefix=False,
             allow_whitespace_only_pieces=True,
             byte_fallback=True,

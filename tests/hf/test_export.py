@@ -1,6 +1,9 @@
 """ling export without transformers: bits, files, refusals, interruptions."""
 
+import errno
 import json
+import os
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -8,12 +11,12 @@ import torch
 
 from ling.cli import main
 from ling.config.errors import UserError
-from ling.hf.aside import partial_of
-from ling.hf.export import Options, export, open_source, slabs_of
+from ling.hf.aside import partial_of, written_aside
+from ling.hf.export import Options, check_run, export, open_source, slabs_of
 from ling.hf.safetensors import Writer
 from tests.checkpoint.files import make_checkpoint as checkpoint_of_tensors
-from tests.dist.training import tiny_config
-from tests.hf.directories import DENSE, MOE, draw, make_checkpoint, read_all
+from tests.dist.training import RUN, tiny_config
+from tests.hf.directories import DENSE, MOE, draw, make_checkpoint, make_tokenizer, read_all
 from tests.hf.test_names import assemble
 
 
@@ -169,12 +172,96 @@ ROUTERS = {
 }
 
 
+def test_a_disk_that_fills_up(tmp_path, moe, monkeypatch, capsys):
+    """One line; what is finished is used by the next start."""
+    from ling.hf import safetensors
+
+    written, pwrite = [], os.pwrite
+
+    def full(descriptor, data, position):
+        if sum(written) > 200_000:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written.append(len(data))
+        return pwrite(descriptor, data, position)
+
+    command = ["export", str(moe), str(tmp_path / "out"), "--max-shard-size", "50KB", "--workers", "1"]
+    monkeypatch.setattr(safetensors.os, "pwrite", full)
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert "No space left on device" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+    done = {path.name: path.stat().st_ino for path in partial_of(tmp_path / "out").glob("*.safetensors")}
+    assert done
+    monkeypatch.setattr(safetensors.os, "pwrite", pwrite)
+    assert main(command) == 0
+    assert done.items() <= {path.name: path.stat().st_ino for path in (tmp_path / "out").iterdir()}.items()
+    wanted = assemble(MOE, draw(MOE))
+    found = read_all(tmp_path / "out")
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in found.items())
+
+
+def test_two_at_the_same_time(tmp_path, moe, capsys):
+    with written_aside(tmp_path / "out"):
+        assert main(["export", str(moe), str(tmp_path / "out")]) == 2
+        assert "is being written by another process" in capsys.readouterr().err
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_remains_of_a_step_that_was_done_again(tmp_path, monkeypatch):
+    """The same name, step and places in the files, but other weights."""
+    tensors = draw(MOE)
+    folder = make_checkpoint(tmp_path / "checkpoint", MOE, tensors)
+    monkeypatch.setattr(Writer, "_finish", lambda self, file: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        export(folder, tmp_path / "out")
+    monkeypatch.undo()
+    shutil.rmtree(folder)
+    make_checkpoint(folder, MOE, {name: tensor + 1 for name, tensor in tensors.items()})
+    with pytest.raises(UserError, match="interrupted export of something else"):
+        export(folder, tmp_path / "out")
+
+
+def test_a_merged_checkpoint(tmp_path, capsys):
+    """Weights only and in fp32, whatever the run's number format."""
+    tensors = [draw(MOE, torch.bfloat16, seed) for seed in (0, 1)]
+    folders = [str(make_checkpoint(tmp_path / str(n), MOE, t, torch.bfloat16)) for n, t in enumerate(tensors)]
+    command = ["checkpoint", "merge", *folders, "--weights", "0.25", "0.75", "--output", str(tmp_path / "merged")]
+    assert main(command) == 0, capsys.readouterr().err
+    assert main(["export", str(tmp_path / "merged"), str(tmp_path / "fp32")]) == 0, capsys.readouterr().err
+    assert main(["export", str(tmp_path / "merged"), str(tmp_path / "bf16"), "--dtype", "bf16"]) == 0
+    one, other = (assemble(MOE, each) for each in tensors)
+    exact, rounded = read_all(tmp_path / "fp32"), read_all(tmp_path / "bf16")
+    assert exact.keys() == rounded.keys() == one.keys()
+    for name, tensor in exact.items():
+        torch.testing.assert_close(tensor, 0.25 * one[name].float() + 0.75 * other[name].float())
+        assert torch.equal(rounded[name], tensor.to(rounded[name].dtype))
+
+
 def bad_checkpoint(folder, how):
     """A checkpoint folder with something wrong."""
     tensors, model = draw(MOE), MOE
     name = "decoder.layers.1.mlp.experts.experts.linear_fc2.weight"
+    if how == "nothing there":
+        folder.mkdir()
+        return folder / "nothing"
     if how == "not a checkpoint":
         folder.mkdir()
+    elif how == "a file":
+        folder.write_text("a checkpoint?")
+    elif how == "a model directory":
+        export(make_checkpoint(folder / "inner", MOE), folder / "hf")
+        shutil.rmtree(folder / "inner")
+        folder = folder / "hf"
+    elif how in ("half a checkpoint", "a missing file", "a short file"):
+        make_checkpoint(folder, MOE)
+        damaged = folder / ("manifest.json" if how == "half a checkpoint" else "__0_0.distcp")
+        damaged.unlink() if how != "a short file" else os.truncate(damaged, 1000)
+    elif how == "unknown activation":
+        values = exported_config()
+        values["model"]["activation"] = {"name": "swish9"}
+        return checkpoint_of_tensors(folder, tensors, 7, config=values)
     elif how == "missing tensor":
         del tensors[name]
     elif how == "unknown tensor":
@@ -205,7 +292,14 @@ def exported_config():
 @pytest.mark.parametrize(
     "how",
     [
+        "nothing there",
         "not a checkpoint",
+        "a file",
+        "a model directory",
+        "half a checkpoint",
+        "a missing file",
+        "a short file",
+        "unknown activation",
         "missing tensor",
         "unknown tensor",
         "another shape",
@@ -224,6 +318,22 @@ def test_wrong_input_is_one_line_and_leaves_nothing(tmp_path, capsys, how):
     assert error.startswith("ling: error: ")
     assert error.count("\n") == 1
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint"}
+
+
+def run_of(folder, model=MOE, **tokenizer):
+    make_tokenizer(folder / "tokenizer", **tokenizer)
+    return replace(tiny_config(model=model), data=replace(RUN.data, tokenizer=str(folder / "tokenizer")))
+
+
+def test_a_run_that_could_not_be_exported(tmp_path):
+    """What a run with `checkpoint.export_every` is asked before it starts."""
+    check_run(run_of(tmp_path / "good"))
+    with pytest.raises(UserError, match="drops repeated spaces"):
+        check_run(run_of(tmp_path / "spaces", keeps_spaces=False))
+    with pytest.raises(UserError, match=r"tokenizer has \d+ tokens, the model 64"):
+        check_run(run_of(tmp_path / "small", replace(MOE, vocab_size=64)))
+    with pytest.raises(UserError, match=r"model.mcore.softmax_scale"):
+        check_run(run_of(tmp_path / "mcore", replace(MOE, mcore={"softmax_scale": 0.5})))
 
 
 def test_what_is_there_is_not_overwritten(tmp_path, moe, capsys):

@@ -1,5 +1,7 @@
 """ling import: the exact way back, and what it refuses."""
 
+import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +14,10 @@ from ling.checkpoint.torch_dist import Reader
 from ling.cli import main
 from ling.config.errors import UserError
 from ling.config.report import to_dict
-from ling.hf import checkpoint_writer
+from ling.hf import aside, checkpoint_writer, safetensors
 from ling.hf.export import Options, export
 from ling.hf.importing import import_model
+from ling.hf.safetensors import INDEX
 from tests.dist.training import tiny_config
 from tests.hf.directories import DENSE, MOE, draw, edit_config, make_checkpoint, read_all, rewrite
 
@@ -95,6 +98,23 @@ def break_directory(folder: Path, how: str) -> None:
             (folder / name).unlink()
     elif how == "no weights":
         (folder / "model.safetensors").unlink()
+    elif how == "a short file":
+        os.truncate(folder / "model.safetensors", 100_000)
+    elif how == "no safetensors":
+        (folder / "model.safetensors").write_text("<html>not found</html>")
+    elif how == "a missing shard":
+        index = {"weight_map": dict.fromkeys(weights, "model.safetensors") | {expert: "model-2.safetensors"}}
+        (folder / INDEX).write_text(json.dumps(index))
+    elif how == "a shard outside":
+        (folder / INDEX).write_text(json.dumps({"weight_map": {expert: "../model.safetensors"}}))
+    elif how == "half an export":  # what `ling export` leaves when it is killed
+        for path in folder.iterdir():
+            if path.name != "model.safetensors":
+                path.unlink()
+        (folder / "model.safetensors").rename(folder / "model.safetensors.part")
+    elif how == "fp8":
+        content = (folder / "model.safetensors").read_bytes()
+        (folder / "model.safetensors").write_bytes(content.replace(b'"F32"', b'"F8_"', 1))
     elif how == "architecture":
         edit_config(folder, architectures=["Qwen3MoeForCausalLM"])
     elif how == "hidden_act":
@@ -116,6 +136,12 @@ def break_directory(folder: Path, how: str) -> None:
         "no JSON",
         "no tokenizer",
         "no weights",
+        "a short file",
+        "no safetensors",
+        "a missing shard",
+        "a shard outside",
+        "half an export",
+        "fp8",
         "architecture",
         "hidden_act",
         "pickle",
@@ -128,6 +154,48 @@ def test_wrong_input_is_one_line_and_leaves_nothing(copy, tmp_path, capsys, how)
     assert error.startswith("ling: error: ")
     assert error.count("\n") == 1
     assert {path.name for path in tmp_path.iterdir()} == {"hf"}
+
+
+@pytest.mark.parametrize("what", ["nothing", "file", "checkpoint"])
+def test_what_is_no_model_directory(tmp_path, capsys, what):
+    path = tmp_path / what
+    if what == "file":
+        path.write_text("{}")
+    elif what == "checkpoint":
+        make_checkpoint(path, MOE)
+    assert main(["import", str(path), str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "is no Hugging Face model directory: it has no config.json" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_room(directory, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(aside.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    assert main(["import", str(directory), str(tmp_path / "checkpoint")]) == 2
+    assert "make room" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_import_starts_anew(directory, tmp_path, monkeypatch):
+    read_rows, count = safetensors.Reader.read_rows, []
+
+    def fail_late(self, name, row, target):
+        count.append(name)
+        if len(count) == 50:
+            raise KeyboardInterrupt
+        read_rows(self, name, row, target)
+
+    monkeypatch.setattr(safetensors.Reader, "read_rows", fail_late)
+    with pytest.raises(KeyboardInterrupt):
+        import_model(directory, tmp_path / "checkpoint", workers=1)
+    assert not (tmp_path / "checkpoint").exists()
+    monkeypatch.setattr(safetensors.Reader, "read_rows", read_rows)
+    import_model(directory, tmp_path / "checkpoint")
+    read_manifest(tmp_path / "checkpoint", "always")
+    wanted = draw(MOE)
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in stored(tmp_path / "checkpoint").items())
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint"}
 
 
 def test_pickles_where_they_are_allowed(copy, tmp_path, directory, capsys):
