@@ -20,11 +20,12 @@ from ling.config import Config
 from ling.config.derived import num_microbatches
 from ling.data.datasets import BatchIterator, SampleStream, eval_batches
 from ling.job.control import JobControl
+from ling.job.files import node_name
 from ling.job.progress import LOSS_SUM
 from ling.model.forward import forward_step, take_mtp_loss
 from ling.model.router import update_expert_bias
 from ling.model.scalars import sum_scalar_gradients
-from ling.observe import console
+from ling.observe import console, stragglers
 from ling.observe.loggers import Loggers
 from ling.observe.throughput import Throughput
 from ling.optim.megatron import set_hyperparameters
@@ -73,6 +74,8 @@ class Trainer:
         model_config = self.chunks[0].config
         model_config.finalize_model_grads_func = finalize_step
         model_config.grad_scale_func = self.optimizer.scale_loss
+        self.stragglers = stragglers.Stragglers(self.config.observe, self.world, self.platform, node_name())
+        model_config.timers = self.stragglers.timers()
         single = len(self.chunks) == 1
         if self.config.parallel.overlap_grad_reduce:
             no_sync = [chunk.no_sync for chunk in self.chunks]
@@ -99,6 +102,7 @@ class Trainer:
             start = time.monotonic()
             record = self.train_step(batches)
             self._log_step(record)
+            self._name_stragglers()
             self.checkpoints.poll()
             self.evaluate_merge()
             if not self.is_stopped and train.eval_interval and self.step % train.eval_interval == 0:
@@ -137,6 +141,7 @@ class Trainer:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         self._data_sum = 0
+        self.stragglers.begin_step()
         reports = self._run_microbatches(self._checked(batches), self.num_microbatches)
         self.job.progress.mark(LOSS_SUM)
         losses, data_crc32 = self._reduce(reports, take_mtp_loss(), self._data_sum)
@@ -306,6 +311,14 @@ class Trainer:
 
     def _log_event(self, record: dict[str, Any]) -> None:
         self.loggers.log({"step": self.step, **record})
+
+    def _name_stragglers(self) -> None:
+        self.job.progress.mark("comparing the ranks' times")
+        record = self.stragglers.end_step(self.step)
+        if record is not None:
+            self.loggers.log(record)
+            if (line := stragglers.console_line(record)) is not None:
+                self._print(line)
 
     def _own_garbage_collection(self) -> None:
         """From here on garbage is collected between steps, at the same step on all ranks, not whenever Python likes."""

@@ -219,6 +219,10 @@ class CheckpointConfig:
 @dataclass
 class ObserveConfig:
     log_interval: int = opt(1, "steps between two lines on the console", ge=1)
+    straggler_interval: int = opt(
+        100, "steps between two comparisons of the time that ranks work; 0: never; a world of one never does", ge=0
+    )
+    straggler_factor: float = opt(1.15, "times the middle rank's time, from which a rank is named as slow", gt=1)
     tensorboard: bool = opt(False, "write TensorBoard files into the run's folder")
     wandb: str = opt("disabled", "Weights & Biases", choices=("disabled", "offline", "online"))
     wandb_project: str = opt("ling", "Weights & Biases project")

@@ -5,7 +5,8 @@
 
 The answers are `done`, `again`, `exclude: NODE,NODE` and `stop`, each with `: REASON`. Every start is noted in
 `job/starts.jsonl` with the step of the newest checkpoint that it found. So many starts in a row that found the same one
-are enough: the job gives up, whatever ended them. A job that is submitted anew begins to count again.
+are enough: the job gives up, whatever ended them. A job that is submitted anew begins to count again. The latest answer
+stays in `job/answer.json`.
 """
 
 from __future__ import annotations
@@ -16,17 +17,18 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ling.checkpoint.folder import newest, read_manifest
-from ling.job.files import job_folder
+from ling.job.files import job_folder, read_json, replace_json
 from ling.job.lease import describe, holder
 from ling.job.outcome import in_words, outcome_path, read_outcome
 from ling.launch.reports import problems_of, report_folder
 
 STARTS = "starts.jsonl"
+ANSWER = "answer.json"
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,14 @@ class Answer:
         return f"{self.word}: {','.join(self.nodes) + ': ' if self.nodes else ''}{self.reason}"
 
 
+def starts_path(run_dir: Path) -> Path:
+    """The file with a line for every start."""
+    return job_folder(run_dir) / STARTS
+
+
 def read_starts(run_dir: Path) -> list[dict[str, Any]]:
     """Every start of every job of a run; a half line that a crash left is passed over."""
-    path = job_folder(run_dir) / STARTS
+    path = starts_path(run_dir)
     found = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
@@ -58,8 +65,10 @@ def begin(run_dir: Path, job: str, start: int, nodes: Sequence[str], max_failure
     step = newest_step(run_dir)
     fruitless = _fruitless(run_dir, job, step)
     if fruitless >= max_failures:
-        return _gave_up(fruitless, step)
-    path = job_folder(run_dir) / STARTS
+        reason = _gave_up(fruitless, step)
+        _note(run_dir, job, start, Answer("stop", reason))
+        return reason
+    path = starts_path(run_dir)
     path.parent.mkdir(parents=True, exist_ok=True)
     line = {"job": job, "start": start, "time": time.time(), "step": step, "nodes": list(nodes)}
     with path.open("a") as file:
@@ -76,8 +85,19 @@ def end(run_dir: Path, job: str, start: int, nodes: Sequence[str], max_failures:
     step = newest_step(run_dir)
     fruitless = _fruitless(run_dir, job, step)
     if answer.word in ("again", "exclude") and fruitless >= max_failures:
-        return Answer("stop", f"{answer.reason}; {_gave_up(fruitless, step)}")
+        answer = Answer("stop", f"{answer.reason}; {_gave_up(fruitless, step)}")
+    if not _is_of_another_job(run_dir):  # that one's folder is not ours to write in
+        _note(run_dir, job, start, answer)
     return answer
+
+
+def read_answer(run_dir: Path) -> dict[str, Any] | None:
+    """The latest answer that a job file was given: `word, reason, nodes, job, start, time`; None before the first."""
+    return read_json(job_folder(run_dir) / ANSWER)
+
+
+def _note(run_dir: Path, job: str, start: int, answer: Answer) -> None:
+    replace_json(job_folder(run_dir) / ANSWER, {**asdict(answer), "job": job, "start": start, "time": time.time()})
 
 
 def newest_step(run_dir: Path) -> int:
@@ -88,15 +108,14 @@ def newest_step(run_dir: Path) -> int:
 
 def _wanted(run_dir: Path, job: str, start: int, nodes: Sequence[str]) -> Answer:
     """The answer before the starts without progress are counted."""
-    other = holder(run_dir)
-    if other is not None and other.get("job") and other["job"] != f"SLURM job {os.environ.get('SLURM_JOB_ID')}":
-        return Answer("stop", f"{run_dir} is in use by {describe(other)}")
+    if _is_of_another_job(run_dir):
+        return Answer("stop", f"{run_dir} is in use by {describe(holder(run_dir) or {})}")
     problems = problems_of(run_dir, f"{job}.{start}", nodes)
     if problems is not None and problems.reasons:
         if problems.nodes and len(problems.nodes) < len(nodes):
             return Answer("exclude", "; ".join(problems.reasons), problems.nodes)
         return Answer("stop", "; ".join(problems.reasons))
-    outcome = read_outcome(run_dir) if _is_of_this_start(run_dir) else None
+    outcome = read_outcome(run_dir) if is_newer(outcome_path(run_dir), starts_path(run_dir)) else None
     reason = outcome.get("reason") if outcome is not None else None
     if reason == "done":
         return Answer("done", in_words(outcome))
@@ -105,10 +124,16 @@ def _wanted(run_dir: Path, job: str, start: int, nodes: Sequence[str]) -> Answer
     return Answer("again", in_words(outcome))
 
 
-def _is_of_this_start(run_dir: Path) -> bool:
-    """Whether the outcome is newer than the note of this start; both files have the file system's own times."""
+def _is_of_another_job(run_dir: Path) -> bool:
+    other = holder(run_dir)
+    mine = f"SLURM job {os.environ.get('SLURM_JOB_ID')}"
+    return other is not None and bool(other.get("job")) and other["job"] != mine
+
+
+def is_newer(path: Path, other: Path) -> bool:
+    """Whether a file was written after another one; both have the file system's own times."""
     try:
-        return outcome_path(run_dir).stat().st_mtime >= (job_folder(run_dir) / STARTS).stat().st_mtime
+        return path.stat().st_mtime >= other.stat().st_mtime
     except OSError:
         return False
 

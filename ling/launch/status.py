@@ -12,9 +12,9 @@ from ling.config import UserError, load_config
 from ling.job.attempts import CURRENT, read_attempts
 from ling.job.files import job_folder, read_json
 from ling.job.lease import describe, holder
-from ling.job.outcome import in_words, read_outcome
+from ling.job.outcome import in_words, outcome_path, read_outcome
 from ling.launch.reports import median
-from ling.launch.restarts import read_starts
+from ling.launch.restarts import is_newer, read_answer, read_starts, starts_path
 from ling.observe.metrics import read_metrics
 
 RECENT_STEPS = 20
@@ -24,10 +24,12 @@ SILENT_AFTER_S = 60.0
 def read_status(run_dir: Path, now: float | None = None) -> dict[str, Any]:
     """The status of a run as one object; what is not known is None.
 
-    `state` is running, silent (whoever holds the folder has not been heard of for a while), waiting (no start has begun
-    to train yet), or how the last attempt ended: done, stopped, failed, hung, killed, ... Times are in seconds, rates
-    the median of the latest `RECENT_STEPS` steps. `goodput` is the part of the time that a job was running in which
-    steps were made that still count: not starting, saving, evaluating, nor steps that had to be done again.
+    `state` is running, silent (whoever holds the folder has not been heard of for a while), starting (a job file has
+    begun and does not train yet), waiting (nothing has begun), or how the last attempt ended: done, stopped, failed,
+    hung, killed, ... `answer` is what the job file was told then (again, stop, ...), and None while it runs. Times are
+    in seconds, rates the median of the latest `RECENT_STEPS` steps. `goodput` is the part of the time that a job was
+    running in which steps were made that still count: not starting, saving, evaluating, nor steps that had to be done
+    again.
 
     Raises:
         UserError: the folder is no run's.
@@ -40,7 +42,9 @@ def read_status(run_dir: Path, now: float | None = None) -> dict[str, Any]:
     attempts, current = read_attempts(run_dir), read_json(job_folder(run_dir) / CURRENT)
     lease, outcome = holder(run_dir), read_outcome(run_dir)
     beat = _lease_age(run_dir, now)
-    state = _state(lease is not None, beat, outcome, attempts, current)
+    starts, answer = read_starts(run_dir), read_answer(run_dir)
+    since = _start_that_goes_on(run_dir, answer, attempts, current)
+    state = _state(lease is not None, beat, outcome, attempts, current, since is not None)
     running = current if state in ("running", "silent") else None
     return {
         "run": str(run_dir),
@@ -49,10 +53,13 @@ def read_status(run_dir: Path, now: float | None = None) -> dict[str, Any]:
         "heartbeat_age_s": beat,
         **_progress(run_dir, steps),
         **_checkpoint(run_dir, now),
-        "starts": len(read_starts(run_dir)) or None,
+        "starts": len(starts) or None,
+        "starting_s": round(max(0.0, now - since), 1) if since is not None and state == "starting" else None,
+        "answer": answer if state not in ("running", "silent", "starting") else None,
         "attempts": len(attempts) + (current is not None),
+        "restarts": max(0, len(attempts) + (current is not None) - 1),
         "ended": dict(Counter(str(attempt.get("reason")) for attempt in attempts)),
-        "first_failure": _first_failure(attempts, outcome, running),
+        "first_failure": _first_failure(attempts, outcome, current, running is not None),
         "slow_ranks": next((r["slow_ranks"] for r in reversed(records) if "slow_ranks" in r), []),
         **_goodput(steps, attempts, running, now),
     }
@@ -64,14 +71,31 @@ def _state(
     outcome: dict[str, Any] | None,
     attempts: list[dict[str, Any]],
     current: dict[str, Any] | None,
+    is_starting: bool,
 ) -> str:
     if is_held and beat is not None:
         return "running" if beat <= SILENT_AFTER_S else "silent"
+    if is_starting:
+        return "starting"
     if current is not None:
         return "killed"  # it began and did not end
     if outcome is not None:
         return str(outcome.get("reason", "killed"))
     return str(attempts[-1].get("reason", "killed")) if attempts else "waiting"
+
+
+def _start_that_goes_on(
+    run_dir: Path, answer: dict[str, Any] | None, attempts: list[dict[str, Any]], current: dict[str, Any] | None
+) -> float | None:
+    """When the latest start of a job file began, if it neither trains nor has ended as far as the files tell: no answer
+    was given, no attempt began or ended since. One that SLURM has killed looks the same."""
+    starts = read_starts(run_dir)
+    if not starts or (current is not None and float(current["start"]) > float(starts[-1]["time"])):
+        return None
+    began = float(starts[-1]["time"])
+    ends = [float(attempt["end"]) for attempt in attempts] + ([float(answer["time"])] if answer is not None else [])
+    has_ended = max(ends, default=0.0) > began or is_newer(outcome_path(run_dir), starts_path(run_dir))
+    return None if has_ended else began
 
 
 def _lease_age(run_dir: Path, now: float) -> float | None:
@@ -109,11 +133,17 @@ def _checkpoint(run_dir: Path, now: float) -> dict[str, Any]:
 
 
 def _first_failure(
-    attempts: list[dict[str, Any]], outcome: dict[str, Any] | None, running: dict[str, Any] | None
+    attempts: list[dict[str, Any]],
+    outcome: dict[str, Any] | None,
+    current: dict[str, Any] | None,
+    is_running: bool,
 ) -> str | None:
     """What ended the last attempt that is over, where that was a failure."""
-    if running is None and outcome is not None:
+    if not is_running and outcome is not None:
         return None if outcome.get("reason") in ("done", "stopped") else in_words(outcome)
+    if not is_running and current is not None:
+        job = f" of SLURM job {current['job']}" if current.get("job") else ""
+        return f"attempt {current.get('attempt')}{job}, led by {current.get('node')}, {in_words(None)}"
     if not attempts or attempts[-1].get("reason") in ("done", "stopped"):
         return None
     return str(attempts[-1].get("ended"))
@@ -148,12 +178,12 @@ def show(status: dict[str, Any]) -> str:
         rows.append(("rate", f"{status['step_ms']:.0f} ms per step, {status['tokens_per_s']:,.0f} tokens/s{left}"))
     age = f", {_duration(status['checkpoint_age_s'])} ago" if status["checkpoint_age_s"] is not None else ""
     rows.append(("checkpoint", f"{status['checkpoint']}{age}" if status["checkpoint"] else "none yet"))
-    ends = ", ".join(f"{count} {reason}" for reason, count in status["ended"].items())
-    rows.append(("attempts", f"{status['attempts']}" + (f" (ended: {ends})" if ends else "")))
+    rows.append(("restarts", _restarts(status)))
     if status["first_failure"]:
         rows.append(("failure", status["first_failure"]))
-    for slow in status["slow_ranks"]:
-        rows.append(("slow", f"rank {slow['rank']} ({slow['node']}): {slow['ratio']:.2f}x the middle rank's time"))
+    if status["answer"] is not None and status["answer"].get("word") != "done":
+        rows.append(("job file", _answer(status["answer"])))
+    rows += [("slow", f"rank {slow['rank']} ({slow['node']}): {_slowness(slow)}") for slow in status["slow_ranks"]]
     if status["goodput"] is not None:
         again = f"; {status['replayed_steps']} steps done again" if status["replayed_steps"] else ""
         running = f"{_duration(status['useful_s'])} of steps that count in {_duration(status['running_s'])} of running"
@@ -161,7 +191,26 @@ def show(status: dict[str, Any]) -> str:
     return "\n".join([status["run"], *(f"  {name:<11} {text}" for name, text in rows)])
 
 
+def _restarts(status: dict[str, Any]) -> str:
+    ends = ", ".join(f"{count} {reason}" for reason, count in status["ended"].items())
+    starts = f"; the job file began {status['starts']} times" if (status["starts"] or 0) > status["attempts"] else ""
+    return f"{status['restarts']}" + (f"; attempts that are over: {ends}" if ends else "") + starts
+
+
+def _answer(answer: dict[str, Any]) -> str:
+    """What the job file was told to do."""
+    without = f" without {', '.join(answer.get('nodes', []))}" if answer.get("nodes") else ""
+    told = {"stop": "gave up"}.get(str(answer.get("word")), f"was told to start again{without}")
+    return f"{told}: {answer.get('reason')} (job {answer.get('job')}, start {answer.get('start')})"
+
+
+def _slowness(slow: dict[str, Any]) -> str:
+    return f"{slow['ratio']:.2f}x the time that the middle rank of its stage works ({slow['busy_ms']:.0f} ms a step)"
+
+
 def _state_in_words(status: dict[str, Any]) -> str:
+    if status["state"] == "starting":
+        return f"starting since {_duration(status['starting_s'])}: checks before training, or killed in them"
     if status["holder"] is None:
         return str(status["state"])
     return f"{status['state']}: {status['holder']}, last heard of {_duration(status['heartbeat_age_s'])} ago"

@@ -45,7 +45,7 @@ def render(plan: Plan) -> str:
     """The whole plan."""
     counts, gpu = plan.counts, plan.cluster.gpu
     head = [
-        f"model     {big(counts.total)} parameters, {big(counts.activated)} activated; "
+        f"model     {big(counts.total)} parameters{_without_mtp(plan)}, {big(counts.activated)} activated; "
         f"{plan.config.precision.recipe}, sequences of {plan.config.data.sequence_length}",
         f"layout    {plan.layout.world} x {gpu.name} ({plan.cluster.name}): {plan.layout.describe()}",
         f"batch     {plan.config.train.global_batch_size} sequences, {big(plan.tokens_per_step)} tokens; "
@@ -55,6 +55,12 @@ def render(plan: Plan) -> str:
     if plan.notes:
         sections.append([f"note      {note}" for note in plan.notes])
     return "\n\n".join("\n".join(lines) for lines in sections)
+
+
+def _without_mtp(plan: Plan) -> str:
+    """The total that model cards print, where it is another one."""
+    counts = plan.counts
+    return f" ({big(counts.total_without_mtp)} without MTP)" if counts.components.mtp else ""
 
 
 def _memory(plan: Plan) -> list[str]:

@@ -1,5 +1,5 @@
 """Where `ling` runs: CUDA or CPU behind one small interface, and the only place that knows about devices."""
 
-from ling.platform.base import Platform, get_platform
+from ling.platform.base import Platform, Stopwatch, get_platform
 
-__all__ = ["Platform", "get_platform"]
+__all__ = ["Platform", "Stopwatch", "get_platform"]

@@ -9,6 +9,22 @@ import torch
 from ling.config.errors import UserError
 
 
+class Stopwatch(Protocol):
+    """Adds up the time between `start` and `stop`, as the device spends it; nothing waits for the device."""
+
+    def start(self, barrier: bool = False) -> None:
+        """What is asked of the device from here on counts; `barrier` is megatron-core's, and not heeded."""
+
+    def stop(self, barrier: bool = False) -> None:
+        """It ends here."""
+
+    def reset(self) -> None:
+        """Begin again at 0."""
+
+    def total_ms(self) -> float:
+        """Milliseconds since the last `reset`; ask after `Platform.synchronize`."""
+
+
 class Platform(Protocol):
     """One kind of machine. A process uses exactly one, from start to end."""
 
@@ -35,6 +51,9 @@ class Platform(Protocol):
 
     def peak_memory_gib(self) -> float:
         """The most memory that this rank has held so far, in GiB."""
+
+    def stopwatch(self) -> Stopwatch:
+        """A new stopwatch for the device's work."""
 
 
 def get_platform(name: str = "auto") -> Platform:

@@ -14,6 +14,7 @@ import functools
 import importlib
 import os
 import resource
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -249,6 +250,28 @@ class CpuPlatform:
 
     def peak_memory_gib(self) -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+    def stopwatch(self) -> CpuStopwatch:
+        return CpuStopwatch()
+
+
+class CpuStopwatch:
+    """See `ling.platform.base.Stopwatch`: the wall clock, since a call returns when its work is done."""
+
+    def __init__(self) -> None:
+        self._started = self._total_s = 0.0
+
+    def start(self, barrier: bool = False) -> None:
+        self._started = time.perf_counter()
+
+    def stop(self, barrier: bool = False) -> None:
+        self._total_s += time.perf_counter() - self._started
+
+    def reset(self) -> None:
+        self._total_s = 0.0
+
+    def total_ms(self) -> float:
+        return self._total_s * 1e3
 
 
 def _keep_freed_memory() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from ling.launch import restarts
 from ling.launch.reports import RANKS, clock_differences, differences, write_report
-from ling.launch.restarts import begin, end, read_starts
+from ling.launch.restarts import begin, end, read_answer, read_starts
 
 NODES = ("n1", "n2", "n3")
 
@@ -81,6 +81,9 @@ def test_starts_without_progress_are_counted(run_dir):
     told = "3 starts in a row found the checkpoint of step 100 and made no newer one: giving up"
     assert answer(run_dir, 3) == f"stop: was killed, or its machine failed; {told}"
     assert start(run_dir, 4) == told
+    kept = read_answer(run_dir)
+    assert kept is not None
+    assert (kept["word"], kept["reason"], kept["start"]) == ("stop", told, 4)
     assert len(read_starts(run_dir)) == 4
     assert start(run_dir, 0, job="8") is None  # submitted anew, by a person
 
@@ -110,6 +113,7 @@ def test_a_folder_in_use_is_left_alone(run_dir):
     lease = {"job": "SLURM job 6", "pid": 1, "node": "n3", "counter": 1}
     (run_dir / "job" / "lease_1.json").write_text(json.dumps(lease))
     assert answer(run_dir, 0) == f"stop: {run_dir} is in use by process 1 on n3 (SLURM job 6)"
+    assert read_answer(run_dir) is None  # that is the other job's to write
 
 
 def test_bad_nodes_are_excluded(run_dir):
@@ -117,6 +121,9 @@ def test_bad_nodes_are_excluded(run_dir):
     write_report(run_dir, "7.0", "n2", {"problems": ["7 of 8 GPUs are there"]})
     (run_dir / "job" / "preflight" / "7.0" / "n3.json").unlink()
     assert answer(run_dir, 0) == "exclude: n2,n3: n3: no answer to the preflight; n2: 7 of 8 GPUs are there"
+    kept = read_answer(run_dir)
+    assert kept is not None
+    assert (kept["word"], kept["nodes"], kept["job"], kept["start"]) == ("exclude", ["n2", "n3"], "7", 0)
 
 
 def test_problems_of_the_ranks_together(run_dir):

@@ -8,7 +8,7 @@ import pytest
 from ling.cli import main
 from ling.config import UserError, load_config, save_config
 from ling.launch.status import read_status, show
-from ling.launch.stragglers import console_line, metrics_record, slow_ranks
+from ling.observe.stragglers import metrics_record
 
 RUN = "configs/runs/tiny_dense.yaml"
 
@@ -21,7 +21,7 @@ def run_dir(tmp_path, request):
         {"step": step, "loss": 5.0 - step / 10, "step_ms": 100.0, "tokens_per_s": 1000.0, "attempt": 1 + (step > 10)}
         for step in range(1, 21)
     ]
-    lines = [*steps, metrics_record(20, slow_ranks([10.0, 10.0, 30.0], ["a", "a", "b"]))]
+    lines = [*steps, metrics_record(20, [10.0, 10.0, 30.0], ["a", "a", "b"], [0, 0, 0], 1.15)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     attempts = [
         {"attempt": 1, "start": 100.0, "end": 103.0, "reason": "hung", "ended": "rank 1 (n2) hung at step 12: x"},
@@ -45,7 +45,8 @@ def test_a_done_run(run_dir, capsys):
     assert main(["status", str(run_dir)]) == 0
     out = capsys.readouterr().out
     assert "step        20 of 20, loss 3.0000\n" in out
-    assert "slow        rank 2 (b): 3.00x the middle rank's time\n" in out
+    assert "restarts    1; attempts that are over: 1 hung, 1 done\n" in out
+    assert "slow        rank 2 (b): 3.00x the time that the middle rank of its stage works (30 ms a step)\n" in out
     assert "goodput     40.0%: 2 s of steps that count in 5 s of running; 2 steps done again\n" in out
     assert main(["status", str(run_dir), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["goodput"] == 0.4
@@ -53,7 +54,8 @@ def test_a_done_run(run_dir, capsys):
 
 def test_a_running_and_a_silent_run(run_dir):
     (run_dir / "job" / "outcome.json").unlink()
-    (run_dir / "job" / "attempt.json").write_text(json.dumps({"attempt": 3, "start": 200.0, "replayed_steps": 1}))
+    current = {"attempt": 3, "start": 200.0, "replayed_steps": 1, "node": "n1", "job": "7"}
+    (run_dir / "job" / "attempt.json").write_text(json.dumps(current))
     lease = run_dir / "job" / "lease_3.json"
     lease.write_text(json.dumps({"job": "SLURM job 7", "node": "n1", "pid": 12, "counter": 4}))
     os.utime(lease, (300.0, 300.0))
@@ -64,7 +66,9 @@ def test_a_running_and_a_silent_run(run_dir):
     assert "running: process 12 on n1 (SLURM job 7), last heard of 5 s ago" in show(status)
     assert read_status(run_dir, now=900.0)["state"] == "silent"
     lease.unlink()
-    assert read_status(run_dir, now=900.0)["state"] == "killed"
+    status = read_status(run_dir, now=900.0)
+    assert status["state"] == "killed"
+    assert status["first_failure"] == "attempt 3 of SLURM job 7, led by n1, was killed, or its machine failed"
 
 
 def test_the_first_failure(run_dir):
@@ -83,15 +87,33 @@ def test_a_run_that_has_not_begun(tmp_path):
     assert "none yet" in show(status)
 
 
-def test_slow_ranks():
-    nodes = [f"n{rank // 2}" for rank in range(6)]
-    assert slow_ranks([10, 11, 10, 10.5, 10, 11], nodes) == []
-    found = slow_ranks([10, 11, 10, 40, 10, 20], nodes)
-    assert [(slow.rank, slow.node) for slow in found] == [(3, "n1"), (5, "n2")]
-    assert (
-        console_line(7, found) == "step 7: slow ranks: rank 3 (n1) 4.00x, rank 5 (n2) 2.00x of the middle rank's time"
-    )
-    assert slow_ranks([0.0, 0.0], ["a", "b"]) == []
-    assert len(slow_ranks([1.0] * 41 + [2.0] * 40, ["n"] * 81)) == 16
-    with pytest.raises(ValueError, match="1 times for 2 ranks"):
-        slow_ranks([1.0], ["a", "b"])
+def test_a_rank_that_is_slow_no_more(run_dir):
+    record = metrics_record(20, [10.0, 10.0, 10.0], ["a", "a", "b"], [0, 0, 0], 1.15)
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(record) + "\n")
+    assert read_status(run_dir)["slow_ranks"] == []
+
+
+def test_a_job_file_between_its_start_and_training(run_dir):
+    os.utime(run_dir / "job" / "outcome.json", (112.0, 112.0))
+    starts = [{"job": "7", "start": number, "time": time, "step": 10} for number, time in ((0, 90.0), (1, 120.0))]
+    path = run_dir / "job" / "starts.jsonl"
+    path.write_text("".join(json.dumps(start) + "\n" for start in starts))
+    status = read_status(run_dir, now=150.0)
+    assert (status["state"], status["starting_s"], status["answer"]) == ("starting", 30.0, None)
+    assert "starting since 30 s: checks before training, or killed in them\n" in show(status)
+    os.utime(run_dir / "job" / "outcome.json", None)  # a start that ended without an attempt, such as wrong input
+    assert read_status(run_dir, now=150.0)["state"] == "done"
+
+
+def test_what_the_job_file_was_told(run_dir):
+    (run_dir / "job" / "starts.jsonl").write_text('{"job": "7", "start": 3, "time": 120.0, "step": 10}\n')
+    told = {"word": "exclude", "reason": "n2: 7 of 8 GPUs are there", "nodes": ["n2"], "job": "7", "start": 3}
+    path = run_dir / "job" / "answer.json"
+    path.write_text(json.dumps(told | {"time": 125.0}))
+    text = "job file    was told to start again without n2: n2: 7 of 8 GPUs are there (job 7, start 3)\n"
+    assert text in show(read_status(run_dir))
+    path.write_text(json.dumps(told | {"word": "stop", "nodes": [], "reason": "x: giving up", "time": 125.0}))
+    assert "job file    gave up: x: giving up (job 7, start 3)\n" in show(read_status(run_dir))
+    path.write_text(json.dumps(told | {"word": "done", "nodes": [], "time": 125.0}))
+    assert "job file" not in show(read_status(run_dir))

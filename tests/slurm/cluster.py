@@ -21,14 +21,14 @@ FINAL = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
 
 
 class Cluster:
-    """A SLURM of nodes n1, n2, ... whose files lie in `folder`."""
+    """A SLURM of nodes n1 to n5, whose files lie in `folder`."""
 
-    def __init__(self, folder: Path, nodes: int) -> None:
-        self.folder, self.nodes = folder, nodes
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
 
     def up(self) -> str | None:
         """Start it; or say why SLURM cannot be run here."""
-        done = self._script("up", str(self.nodes), check=False)
+        done = self._script("up", check=False)
         if done.returncode == 3:
             return done.stderr.strip().splitlines()[-1]
         assert done.returncode == 0, done.stderr
@@ -102,6 +102,10 @@ class Job:
         """How the attempts have ended."""
         path = self.run_dir / "job" / "attempts.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def status(self) -> dict[str, Any]:
+        """What `ling status` says."""
+        return json.loads(self.cluster.run("python", "-m", "ling", "status", str(self.run_dir), "--json"))
 
     def starts(self) -> list[dict[str, Any]]:
         """How often the job file has been started."""

@@ -1,15 +1,17 @@
 #!/usr/bin/env bash
 # A real SLURM on this machine, for tests: every node has its own network, hostname, mounts and processes (namespaces).
-#   cluster.sh up DIR NODES      from nothing to idle nodes n1, n2, ...; then `. DIR/env`
+#   cluster.sh up DIR            from nothing to idle nodes n1 ... n5; then `. DIR/env`
 #   cluster.sh start DIR NODE    a node comes (back)
 #   cluster.sh crash DIR NODE    a node is gone at once, with all its processes
 #   cluster.sh enter DIR NODE COMMAND...    run a command within the node's mounts
-#   cluster.sh down DIR          everything that `up` and `start` have started ends
-# Needs root, no systemd. Code 3: SLURM cannot be run here; the reason is on stderr. One cluster at a time.
+#   cluster.sh down DIR          everything that `up` and `start` have started ends, and DIR goes
+# Needs root, no systemd. Code 3: SLURM cannot be run here; the reason is on stderr. One cluster at a time: it belongs to
+# the process that has called `up`. What such a process has left behind when it was killed, the next `up` clears away.
 set -euo pipefail
 ACTION=$1 DIR=$2
 export PATH=$PATH:/usr/sbin:/sbin
 PREFIX=lingslurm NET=10.99.0
+OWNER=/run/$PREFIX    # `PID START_TIME DIR` of the cluster that is up
 unable() { echo "SLURM cannot be run here: $*" >&2; exit 3; }
 # processes are noted as `NAME PID START_TIME`: the start time tells a process from a later one with its number
 note() { echo "$1 $2 $(awk '{print $22}' "/proc/$2/stat")" >>"$DIR/run/processes"; }
@@ -51,7 +53,7 @@ SlurmctldHost=$host($NET.254)
 # cred_expire: also how long a requeued job waits before it starts again
 AuthType=auth/munge
 CredType=cred/munge
-AuthInfo=socket=$DIR/run/munge.socket,cred_expire=5
+AuthInfo=socket=$DIR/run/munge.socket,cred_expire=2
 SlurmUser=root
 SlurmdUser=root
 StateSaveLocation=$DIR/state
@@ -87,7 +89,8 @@ END
         for i in $(seq "$NODES"); do
             echo "NodeName=n$i NodeHostname=n$i NodeAddr=$NET.$i Sockets=1 CoresPerSocket=16 RealMemory=64000 State=UNKNOWN"
         done
-        echo "PartitionName=main Nodes=n[1-$NODES] Default=YES MaxTime=INFINITE State=UP"
+        echo "PartitionName=main Nodes=n[1-3] Default=YES MaxTime=INFINITE State=UP"
+        echo "PartitionName=aside Nodes=n[4-5] MaxTime=INFINITE State=UP"
     } >"$DIR/slurm.conf"
     # client commands run in the controller's network; within a job in the node's
     for name in sbatch srun squeue sinfo scontrol scancel; do
@@ -128,12 +131,14 @@ start_node() {
 
 up() {
     local name i
-    NODES=$1
+    NODES=5
     [ "$(id -u)" = 0 ] || unable "not root"
     for name in unshare nsenter setsid; do command -v $name >/dev/null || unable "no $name"; done
     install
-    ip netns list 2>/dev/null | grep -q "^$PREFIX-ctl" && unable "another cluster of these tests is up"
-    ip netns add $PREFIX-ctl 2>/dev/null || unable "no network namespaces"
+    clear_away
+    # removed by `down`; the first one wins
+    (set -o noclobber; echo "$PPID $(awk '{print $22}' "/proc/$PPID/stat") $DIR" >"$OWNER") 2>/dev/null || unable "no $OWNER"
+    ip netns add $PREFIX-ctl 2>/dev/null || { rm "$OWNER"; unable "no network namespaces"; }
     rm -rf "$DIR" && mkdir -p "$DIR"/{state,spool,log,run,bin,key}
     chmod 755 "$DIR"; chmod 700 "$DIR/key" "$DIR/state"
     : >"$DIR/run/processes"
@@ -168,10 +173,20 @@ up() {
     exit 1
 }
 
+# what a cluster whose owner is gone has left
+clear_away() {
+    local pid start dir
+    [ -e "$OWNER" ] || return 0
+    read -r pid start dir <"$OWNER"
+    if alive "$pid" "$start"; then unable "another cluster is up, in $dir"; fi
+    (DIR=$dir; down)
+}
+
 down() {
     local name pid start
-    [ -e "$DIR/run/processes" ] || return 0
-    . "$DIR/env"
+    if [ -e "$OWNER" ] && [ "$(awk '{print $3}' "$OWNER")" != "$DIR" ]; then echo "another cluster is up" >&2; return 1; fi
+    mkdir -p "$DIR/run"; touch "$DIR/run/processes"
+    [ ! -e "$DIR/env" ] || . "$DIR/env"
     timeout 10 scancel --state=PENDING,RUNNING --user=root 2>/dev/null || true
     for _ in $(seq 50); do [ -z "$(timeout 5 squeue -h 2>/dev/null)" ] && break; sleep 0.1; done
     for signal in TERM KILL; do
@@ -183,12 +198,15 @@ down() {
             sleep 0.05
         done
     done
-    for name in $(ip netns list | awk -v prefix="^$PREFIX-" '$1 ~ prefix {print $1}'); do ip netns del "$name"; done
-    rm "$DIR/run/processes"
+    for name in $(ip netns list | awk -v prefix="^$PREFIX-" '$1 ~ prefix {print $1}'); do
+        ip netns pids "$name" | xargs -r kill -KILL 2>/dev/null || true    # ours, even where DIR with the list is gone
+        ip netns del "$name"
+    done
+    rm -rf "$DIR" "$OWNER"
 }
 
 case $ACTION in
-    up) up "$3" ;;
+    up) up ;;
     down) down ;;
     start) start_node "$3" ;;
     crash) read -r pid start < <(process_of "$3"); alive "$pid" "$start" && kill -KILL "$pid" ;;
