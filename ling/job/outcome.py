@@ -52,7 +52,8 @@ def failure_of(error: BaseException, rank: int, node: str, step: int | None) -> 
     name = type(error).__name__
     known = name in _CONSEQUENCE_TYPES or isinstance(error, ConnectionError)
     consequence = known or (isinstance(error, RuntimeError) and _CONSEQUENCE.search(text) is not None)
-    return Failure(rank, node, step, f"{name}: {text}"[:500] if text else name, is_consequence=consequence)
+    more = "; a consequence: the rank or machine at the other end had gone" if consequence else ""
+    return Failure(rank, node, step, (f"{name}: {text}"[: 500 - len(more)] if text else name) + more, is_consequence=consequence)
 
 
 def killed(rank: int | None, node: str, step: int | None, code: int | None = None) -> Failure:

@@ -40,7 +40,8 @@ class Timing:
     collect: float = 10.0
     """How long a hang's first finder waits for the others' stacks."""
     grace: float = 5.0
-    """How long a rank that hears of a failure waits for its cause, and for that rank to end by itself."""
+    """How long a rank that hears of a failure waits for that rank to end by itself; three times that for the cause of a
+    consequence, such as a rank that has been silent for twice that."""
 
 
 @dataclass(frozen=True)
@@ -127,17 +128,19 @@ class Watchdog:
     def _failed_rank(self) -> Failure | None:
         if not self.board.failures():
             return None
-        deadline = time.monotonic() + self.timing.grace
-        while time.monotonic() < deadline and not self._stop.wait(self.timing.grace / 10):
-            told = first_cause(self.board.failures())
-            if told is not None and told.is_consequence:
+        told, began = first_cause(self.board.failures()), time.monotonic()
+        while not self._stop.wait(self.timing.grace / 10):
+            is_cause = told is None or not told.is_consequence
+            # a machine that is gone says nothing: it takes a while to miss it
+            if time.monotonic() - began > (1 if is_cause else 3) * self.timing.grace:
+                break
+            if not is_cause:
+                self._tell_heartbeat()  # the others wait here, too
                 self._look_around()
-                if dead := self._dead_neighbour():
+                if dead := self._dead_neighbour() or self._silent(2 * self.timing.grace):
                     return dead
-        told = first_cause(self.board.failures())
-        if told is None or not told.is_consequence:
-            return told
-        return self._silent(2 * self.timing.grace) or told
+            told = first_cause(self.board.failures())
+        return told
 
     def _dead_neighbour(self) -> Failure | None:
         dead = [rank for rank, pid in self._neighbours.items() if not _is_running(pid)]

@@ -42,9 +42,10 @@ def read_status(run_dir: Path, now: float | None = None) -> dict[str, Any]:
     attempts, current = read_attempts(run_dir), read_json(job_folder(run_dir) / CURRENT)
     lease, outcome = holder(run_dir), read_outcome(run_dir)
     beat = _lease_age(run_dir, now)
-    starts, answer = read_starts(run_dir), read_answer(run_dir)
+    starts = read_starts(run_dir)
+    answer = _latest_answer(run_dir, starts)
     since = _start_that_goes_on(run_dir, answer, attempts, current)
-    state = _state(lease is not None, beat, outcome, attempts, current, since is not None)
+    state = _state(lease is not None, beat, outcome, attempts, current, since is not None, _has_given_up(answer))
     running = current if state in ("running", "silent") else None
     return {
         "run": str(run_dir),
@@ -72,6 +73,7 @@ def _state(
     attempts: list[dict[str, Any]],
     current: dict[str, Any] | None,
     is_starting: bool,
+    has_given_up: bool,
 ) -> str:
     if is_held and beat is not None:
         return "running" if beat <= SILENT_AFTER_S else "silent"
@@ -81,7 +83,9 @@ def _state(
         return "killed"  # it began and did not end
     if outcome is not None:
         return str(outcome.get("reason", "killed"))
-    return str(attempts[-1].get("reason", "killed")) if attempts else "waiting"
+    if attempts:
+        return str(attempts[-1].get("reason", "killed"))
+    return "failed" if has_given_up else "waiting"
 
 
 def _start_that_goes_on(
@@ -96,6 +100,17 @@ def _start_that_goes_on(
     ends = [float(attempt["end"]) for attempt in attempts] + ([float(answer["time"])] if answer is not None else [])
     has_ended = max(ends, default=0.0) > began or is_newer(outcome_path(run_dir), starts_path(run_dir))
     return None if has_ended else began
+
+
+def _has_given_up(answer: dict[str, Any] | None) -> bool:
+    return answer is not None and answer.get("word") == "stop"
+
+
+def _latest_answer(run_dir: Path, starts: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """What the job file was told after its latest start, or when a further one was refused."""
+    answer = read_answer(run_dir)
+    is_latest = answer is not None and all(float(answer["time"]) >= float(start["time"]) for start in starts[-1:])
+    return answer if is_latest else None
 
 
 def _lease_age(run_dir: Path, now: float) -> float | None:

@@ -37,7 +37,9 @@ CLOSED = Failure(0, "n1", 12, "RuntimeError: Connection closed by peer", is_cons
     ids=lambda error: type(error).__name__,
 )
 def test_errors_of_the_network_are_consequences(error):
-    assert failure_of(error, 0, "n1", 3).is_consequence
+    failure = failure_of(error, 0, "n1", 3)
+    assert failure.is_consequence
+    assert failure.error.endswith("; a consequence: the rank or machine at the other end had gone")
 
 
 @pytest.mark.parametrize(

@@ -163,6 +163,28 @@ def test_a_consequence_waits_for_the_dead_rank_that_is_its_cause(world):
     assert (members[0].failure.rank, members[0].failure.is_consequence) == (1, False)
 
 
+def test_a_consequence_waits_for_the_machine_that_is_its_cause(world):
+    """Rank 2's machine is gone: the others see their connections end, and miss its heartbeat only later."""
+    members = world(3)
+    members[2].work(9)
+    members[2].watchdog._tell_heartbeat()
+    members[2].watchdog._stop.set()
+    board = members[0].watchdog.board
+    board.post_failure(Failure(1, "n1", 9, "RuntimeError: Connection reset by peer", is_consequence=True))
+    assert all(member.ended.wait(WAIT_S) for member in members[:2])
+    for member in members[:2]:
+        assert (member.failure.rank, member.failure.node, member.failure.step) == (2, "n2", 9)
+        assert "its machine is gone or stands still" in member.failure.error
+
+
+def test_a_consequence_without_a_cause_is_told(world):
+    members = world(2)
+    consequence = Failure(1, "n1", 9, "RuntimeError: Connection reset by peer", is_consequence=True)
+    members[0].watchdog.board.post_failure(consequence)
+    assert all(member.ended.wait(WAIT_S) for member in members)
+    assert {member.failure for member in members} == {consequence}
+
+
 def gone_process() -> int:
     process = subprocess.Popen(["true"])
     process.wait()

@@ -115,5 +115,17 @@ def test_what_the_job_file_was_told(run_dir):
     assert text in show(read_status(run_dir))
     path.write_text(json.dumps(told | {"word": "stop", "nodes": [], "reason": "x: giving up", "time": 125.0}))
     assert "job file    gave up: x: giving up (job 7, start 3)\n" in show(read_status(run_dir))
+    path.write_text(json.dumps(told | {"time": 119.0}))  # of the start before
+    assert read_status(run_dir)["answer"] is None
     path.write_text(json.dumps(told | {"word": "done", "nodes": [], "time": 125.0}))
     assert "job file" not in show(read_status(run_dir))
+
+
+def test_a_job_that_never_trained(tmp_path):
+    (tmp_path / "job").mkdir()
+    told = {"word": "stop", "reason": "n1: no nvidia-smi, where 8 GPUs should be", "nodes": [], "job": "7", "start": 0}
+    (tmp_path / "job" / "starts.jsonl").write_text('{"job": "7", "start": 0, "time": 120.0, "step": 0}\n')
+    (tmp_path / "job" / "answer.json").write_text(json.dumps(told | {"time": 125.0}))
+    status = read_status(tmp_path)
+    assert (status["state"], status["attempts"]) == ("failed", 0)
+    assert "job file    gave up: n1: no nvidia-smi, where 8 GPUs should be (job 7, start 0)" in show(status)

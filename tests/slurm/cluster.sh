@@ -50,10 +50,10 @@ configure() {
         cat <<END
 ClusterName=test
 SlurmctldHost=$host($NET.254)
-# cred_expire: also how long a requeued job waits before it starts again
+# cred_expire: also how long a requeued job waits before it starts again; less than 5 is taken for the default, 120
 AuthType=auth/munge
 CredType=cred/munge
-AuthInfo=socket=$DIR/run/munge.socket,cred_expire=2
+AuthInfo=socket=$DIR/run/munge.socket,cred_expire=5
 SlurmUser=root
 SlurmdUser=root
 StateSaveLocation=$DIR/state
@@ -79,7 +79,7 @@ SchedulerParameters=batch_sched_delay=0,bf_interval=1,sched_interval=5
 # quick, and nothing is forgotten
 MinJobAge=100000
 KillWait=10
-SlurmdTimeout=20
+SlurmdTimeout=10
 SlurmctldTimeout=20
 InactiveLimit=0
 ReturnToService=2

@@ -43,7 +43,7 @@ def cluster() -> Iterator[Cluster]:
     """The cluster; the tests are skipped where SLURM cannot be run."""
     with tempfile.TemporaryDirectory(prefix="ling-slurm-", ignore_cleanup_errors=True) as folder:
         Path(folder).chmod(0o755)  # munge wants all the folders above its socket open to everybody: not pytest's own
-        cluster = Cluster(Path(folder) / "cluster")
+        cluster = Cluster(Path(folder))
         problem = cluster.up()
         if problem is not None:
             pytest.skip(problem)

@@ -64,7 +64,12 @@ def test_a_node_that_crashes_costs_no_more_than_the_steps_since_the_checkpoint(s
     cluster.start(node)
     job.wait("COMPLETED")
     first, second = job.attempts()
-    assert (first["reason"] in ("killed", "failed"), second["reason"]) == (True, "done")
+    assert second["reason"] == "done"
+    if node == "n1":  # that of the rank that leads; the other one may have said what it saw of that
+        assert first["reason"] == "killed" or "the rank or machine at the other end had gone" in first["ended"]
+    else:
+        assert first["ended"].startswith("rank 1 (n2) failed at step ")
+        assert "its machine is gone or stands still" in first["ended"]
     assert job.starts()[0]["nodes"] == ["n1", "n2"]
     assert second["resumed_from"] in range(SAVE_INTERVAL, STEPS, SAVE_INTERVAL)
     assert job.losses() == reference
@@ -91,7 +96,7 @@ def test_a_cancelled_job_stays_so(submit, cluster):
     job.wait_for_step(2)
     cluster.run("scancel", job.number)
     job.wait("CANCELLED")
-    cluster.run("sleep", "6")  # longer than a requeued job waits
+    cluster.run("sleep", "10")  # longer than a requeued job waits
     assert [cluster.state(job.number), len(job.starts())] == ["CANCELLED", 1]
     (attempt,) = job.attempts()
     assert (attempt["reason"], "SIGTERM" in attempt["ended"]) == ("stopped", True)
