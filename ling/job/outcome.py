@@ -53,7 +53,8 @@ def failure_of(error: BaseException, rank: int, node: str, step: int | None) -> 
     known = name in _CONSEQUENCE_TYPES or isinstance(error, ConnectionError)
     consequence = known or (isinstance(error, RuntimeError) and _CONSEQUENCE.search(text) is not None)
     more = "; a consequence: the rank or machine at the other end had gone" if consequence else ""
-    return Failure(rank, node, step, (f"{name}: {text}"[: 500 - len(more)] if text else name) + more, is_consequence=consequence)
+    said = f"{name}: {text}"[: 500 - len(more)] if text else name
+    return Failure(rank, node, step, said + more, is_consequence=consequence)
 
 
 def killed(rank: int | None, node: str, step: int | None, code: int | None = None) -> Failure:
