@@ -50,6 +50,7 @@ def read_status(run_dir: Path, now: float | None = None) -> dict[str, Any]:
     return {
         "run": str(run_dir),
         "state": state,
+        "stopped": in_words(outcome) if state == "stopped" and outcome is not None else None,
         "holder": describe(lease) if lease is not None else None,
         "heartbeat_age_s": beat,
         **_progress(run_dir, steps),
@@ -192,7 +193,8 @@ def show(status: dict[str, Any]) -> str:
         left = f", {_duration(status['eta_s'])} left" if status["eta_s"] else ""
         rows.append(("rate", f"{status['step_ms']:.0f} ms per step, {status['tokens_per_s']:,.0f} tokens/s{left}"))
     age = f", {_duration(status['checkpoint_age_s'])} ago" if status["checkpoint_age_s"] is not None else ""
-    rows.append(("checkpoint", f"{status['checkpoint']}{age}" if status["checkpoint"] else "none yet"))
+    kept = f"step {status['checkpoint_step']}{age}: {status['checkpoint']}"
+    rows.append(("checkpoint", kept if status["checkpoint"] else "none yet"))
     rows.append(("restarts", _restarts(status)))
     if status["first_failure"]:
         rows.append(("failure", status["first_failure"]))
@@ -227,7 +229,7 @@ def _state_in_words(status: dict[str, Any]) -> str:
     if status["state"] == "starting":
         return f"starting since {_duration(status['starting_s'])}: checks before training, or killed in them"
     if status["holder"] is None:
-        return str(status["state"])
+        return str(status["stopped"] or status["state"])
     return f"{status['state']}: {status['holder']}, last heard of {_duration(status['heartbeat_age_s'])} ago"
 
 

@@ -78,6 +78,13 @@ def test_the_first_failure(run_dir):
     assert "failure     rank 3 (n2) failed at step 9: OSError: y" in show(read_status(run_dir))
 
 
+def test_why_it_stopped(run_dir):
+    outcome = {"reason": "stopped", "step": 14, "cause": "SIGTERM", "signal": "SIGTERM"}
+    (run_dir / "job" / "outcome.json").write_text(json.dumps(outcome))
+    assert read_status(run_dir)["state"] == "stopped"
+    assert "state       stopped at step 14 (SIGTERM)\n" in show(read_status(run_dir))
+
+
 def test_a_run_that_has_not_begun(tmp_path):
     with pytest.raises(UserError, match="is no run's folder"):
         read_status(tmp_path)
