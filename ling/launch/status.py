@@ -41,6 +41,8 @@ def read_status(run_dir: Path, now: float | None = None) -> dict[str, Any]:
     steps = [record for record in records if "step_ms" in record]
     attempts, current = read_attempts(run_dir), read_json(job_folder(run_dir) / CURRENT)
     lease, outcome = holder(run_dir), read_outcome(run_dir)
+    if outcome is not None and current is None:  # a rank that is ended together with its job leaves its lease behind
+        lease = None
     beat = _lease_age(run_dir, now)
     starts = read_starts(run_dir)
     answer = _latest_answer(run_dir, starts)

@@ -65,6 +65,11 @@ def test_a_running_and_a_silent_run(run_dir):
     assert status["replayed_steps"] == 3
     assert "running: process 12 on n1 (SLURM job 7), last heard of 5 s ago" in show(status)
     assert read_status(run_dir, now=900.0)["state"] == "silent"
+    (run_dir / "job" / "outcome.json").write_text('{"reason": "failed", "rank": 1, "node": "n2", "error": "x"}')
+    (run_dir / "job" / "attempt.json").unlink()
+    assert read_status(run_dir, now=305.0)["state"] == "failed"  # the lease was left behind
+    (run_dir / "job" / "outcome.json").unlink()
+    (run_dir / "job" / "attempt.json").write_text(json.dumps(current))
     lease.unlink()
     status = read_status(run_dir, now=900.0)
     assert status["state"] == "killed"
