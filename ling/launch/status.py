@@ -201,7 +201,7 @@ def show(status: dict[str, Any]) -> str:
     if status["first_failure"]:
         rows.append(("failure", status["first_failure"]))
     if status["answer"] is not None and status["answer"].get("word") != "done":
-        rows.append(("job file", _answer(status["answer"])))
+        rows.append(("job file", _answer(status["answer"], status["first_failure"])))
     rows += [("slow", f"rank {slow['rank']} ({slow['node']}): {_slowness(slow)}") for slow in status["slow_ranks"]]
     if status["goodput"] is not None:
         again = f"; {status['replayed_steps']} steps done again" if status["replayed_steps"] else ""
@@ -216,11 +216,12 @@ def _restarts(status: dict[str, Any]) -> str:
     return f"{status['restarts']}" + (f"; attempts that are over: {ends}" if ends else "") + starts
 
 
-def _answer(answer: dict[str, Any]) -> str:
-    """What the job file was told to do."""
+def _answer(answer: dict[str, Any], failure: str | None) -> str:
+    """What the job file was told to do, without the failure that has been told already."""
+    reason = str(answer.get("reason")).removeprefix(f"{failure}; ")
     without = f" without {', '.join(answer.get('nodes', []))}" if answer.get("nodes") else ""
     told = {"stop": "gave up"}.get(str(answer.get("word")), f"was told to start again{without}")
-    return f"{told}: {answer.get('reason')} (job {answer.get('job')}, start {answer.get('start')})"
+    return f"{told}: {reason} (job {answer.get('job')}, start {answer.get('start')})"
 
 
 def _slowness(slow: dict[str, Any]) -> str:

@@ -83,6 +83,15 @@ def test_the_first_failure(run_dir):
     assert "failure     rank 3 (n2) failed at step 9: OSError: y" in show(read_status(run_dir))
 
 
+def test_a_failure_is_told_once(run_dir):
+    outcome = {"reason": "failed", "rank": 3, "node": "n2", "step": 9, "error": "OSError: y"}
+    (run_dir / "job" / "outcome.json").write_text(json.dumps(outcome))
+    reason = "rank 3 (n2) failed at step 9: OSError: y; 3 starts in a row found no checkpoint: giving up"
+    told = {"word": "stop", "reason": reason, "nodes": [], "job": "7", "start": 3, "time": 125.0}
+    (run_dir / "job" / "answer.json").write_text(json.dumps(told))
+    assert "job file    gave up: 3 starts in a row found no checkpoint: giving up (job 7" in show(read_status(run_dir))
+
+
 def test_why_it_stopped(run_dir):
     outcome = {"reason": "stopped", "step": 14, "cause": "SIGTERM", "signal": "SIGTERM"}
     (run_dir / "job" / "outcome.json").write_text(json.dumps(outcome))
