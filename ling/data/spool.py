@@ -118,8 +118,8 @@ class Spool:
         entries = [entry for entry in map(_parse, lines) if entry is not None]
         for entry, source in zip(entries, inputs, strict=False):
             whole = all(self._size(name) >= size for name, size in entry["sizes"].items())
-            same = not source.is_stdin and entry["stat"] == _stat(source) and whole
-            if not same or (entry["counts"]["bad_records"] and not accept_bad):
+            same = not source.is_stdin and (entry["path"], entry["stat"]) == (str(source.path), _stat(source))
+            if not (same and whole) or (entry["counts"]["bad_records"] and not accept_bad):
                 break
             source.bytes_read, source.sha256 = entry["bytes"], entry["sha256"]
             self._entries.append(entry)

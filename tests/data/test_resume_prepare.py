@@ -86,6 +86,16 @@ def test_changed_inputs_are_read_again(tmp_path, tokenizer_dir, tokenizer, files
     assert documents_of(tmp_path / "out", tokenizer)[40] == "changed"
 
 
+def test_other_inputs_of_the_same_size_and_time_are_read(tmp_path, tokenizer_dir, tokenizer, files):
+    for path, word in zip(files, ("one", "two", "six", "ten"), strict=True):
+        write_jsonl(path, [word])
+        os.utime(path, ns=(1, 1))
+    stop(tmp_path, tokenizer_dir, files)
+    assert len({path.stat().st_size for path in files}) == 1
+    prepare([files[2], files[0], files[1]], tokenizer_dir, tmp_path / "out")
+    assert documents_of(tmp_path / "out", tokenizer) == ["six", "one", "two"]
+
+
 def stop(tmp_path: Path, tokenizer_dir: Path, files: list[Path]) -> None:
     """Leave an unfinished preparation of all but the last file."""
     good = files[3].read_bytes()

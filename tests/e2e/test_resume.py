@@ -179,6 +179,7 @@ def test_a_wrong_time_limit(place):
 def kill_at_random(place: Path, name: str, rounds: int, *settings: str, ranks: int = 1) -> None:
     """Kill a run that saves at every step, again and again; then let it end, and compare it with one left alone."""
     folder, draw = place / name, random.Random(rounds)
+    most = 2 if "checkpoint.async_save=true" in settings else 1  # that of a save under way, too
     run = ["train", "run.yaml", "checkpoint.save_interval=1", "train.eval_interval=0", *settings]
     for _ in range(rounds):
         begin = Forked if ranks == 1 else start
@@ -194,7 +195,7 @@ def kill_at_random(place: Path, name: str, rounds: int, *settings: str, ranks: i
         last = newest(folder)
         assert last is not None or last_step(folder) <= 1
         saved = int(last.name.removeprefix("step_")) if last is not None else 0
-        assert last_step(folder) - saved <= 1, "no more than one interval is lost"
+        assert last_step(folder) - saved <= most, f"no more than {most} intervals are lost"
     steps = f"train.train_iters={last_step(folder) + 2}"
     for where in (name, f"{name}_left_alone"):
         argv = [*run, f"run.dir={where}", steps]
@@ -228,7 +229,7 @@ def test_ranks_killed_at_random_moments(place):
 def test_two_interrupts_end_all_ranks_at_once(place):
     run = [*RUN, *TWO, "run.dir=interrupted"]
     process = start(*run, cwd=place, PYTHONPATH=str(FAULTS), LING_TEST_FAULT="1 3 hang")
-    wait_until(lambda: last_step(place / "interrupted") == 2, process)
+    wait_until(lambda: newest(place / "interrupted") is not None, process)
     ranks = children_of(process.pid)
     assert len(ranks) == 2
     process.send_signal(signal.SIGINT)
