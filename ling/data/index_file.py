@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from ling.config.errors import UserError
+from ling.data.mapping import map_file, part_of
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
@@ -56,7 +57,8 @@ class Index:
     def marks(self) -> np.ndarray:
         """The document marks at the end of PREFIX.idx: int64 [D], numbers of the sequences that begin documents."""
         path = Path(self.prefix + ".idx")
-        return np.asarray(np.memmap(path, dtype="<i8", mode="r", offset=HEADER.size + 12 * self.num_documents))
+        mapped, offset = map_file(path), HEADER.size + 12 * self.num_documents
+        return part_of(mapped, "<i8", (len(mapped) - offset) // 8, offset)
 
     def identity(self) -> tuple[int, int, str]:
         """What tells this index from others without reading it: size, time of the last change, hash of its ends."""
@@ -67,7 +69,7 @@ class Index:
     @cached_property
     def tokens(self) -> np.ndarray:
         """All tokens of PREFIX.bin in the order of the file, memory-mapped."""
-        return np.asarray(np.memmap(self.prefix + ".bin", dtype=self.dtype, mode="r", shape=(self.num_tokens,)))
+        return part_of(map_file(self.prefix + ".bin"), self.dtype, self.num_tokens)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the name, not the data: a worker process opens the files itself."""
@@ -100,9 +102,10 @@ def read_index(prefix: str) -> Index:
         raise UserError(f"{idx} is {what}: {size} bytes where its header promises {wanted}; {AGAIN}")
     if not sequences:
         raise UserError(f"data {prefix} has no documents: prepare it from input that has text")
-    lengths = np.memmap(idx, dtype="<i4", mode="r", offset=HEADER.size, shape=(sequences,))
-    pointers = np.memmap(idx, dtype="<i8", mode="r", offset=HEADER.size + 4 * sequences, shape=(sequences,))
-    index = Index(prefix, np.dtype(DTYPES[code]), np.asarray(lengths), np.asarray(pointers))
+    mapped = map_file(idx)
+    lengths = part_of(mapped, "<i4", sequences, HEADER.size)
+    pointers = part_of(mapped, "<i8", sequences, HEADER.size + 4 * sequences)
+    index = Index(prefix, np.dtype(DTYPES[code]), lengths, pointers)
     promised, there = index.num_tokens * index.dtype.itemsize, bin_.stat().st_size
     if promised != there:
         what = "truncated" if there < promised else "longer than its index"

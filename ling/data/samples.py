@@ -21,6 +21,7 @@ import numpy as np
 
 from ling.config.errors import UserError
 from ling.data.index_file import Index
+from ling.data.mapping import map_file, part_of
 
 logger = logging.getLogger(__name__)
 
@@ -176,10 +177,11 @@ class SourceSamples:
             found = file.read(len(head))
         if found != head or path.stat().st_size != sum(sizes):
             raise UserError(f"{path} is damaged or no order of this data: remove it, it is made again")
+        mapped = map_file(path)
         return Epoch(
-            starts=np.memmap(path, "<i8", "r", offset=sizes[0], shape=(count + 1,)),
-            documents=np.memmap(path, _narrowest(count), "r", offset=sum(sizes[:2]), shape=(count,)),
-            samples=np.memmap(path, _narrowest(samples), "r", offset=sum(sizes[:3]), shape=(samples,)),
+            starts=part_of(mapped, "<i8", count + 1, sizes[0]),
+            documents=part_of(mapped, _narrowest(count), count, sum(sizes[:2])),
+            samples=part_of(mapped, _narrowest(samples), samples, sum(sizes[:3])),
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import logging
@@ -28,6 +29,7 @@ from ling.data.datasets import (
     check_data,
 )
 from ling.data.index_file import read_index
+from ling.data.mapping import map_file, part_of
 from ling.data.samples import samples_in
 from ling.data.trace import step_of_rank
 from tests.dist.training import tiny_config
@@ -60,6 +62,34 @@ def test_cached_shuffles_change_nothing(config, cached, tmp_path):
     np.testing.assert_array_equal(tokens_of(cached, numbers), expected)
     np.testing.assert_array_equal(tokens_of(cached, numbers), expected)
     assert {path.suffix for path in Path(there).iterdir()} == {".epoch"}
+
+
+def test_sources_hold_no_files_open(cached, prefix):
+    """Most systems allow a process 1,024 of them, and a blend may have thousands of sources."""
+    cached.data.train = [{"path": prefix, "weight": 1.0, "name": str(number)} for number in range(40)]
+    before = len(os.listdir("/proc/self/fd"))
+    stream = build_train_stream(cached)
+    assert {stream.origin(i).source.name for i in range(40)} == {str(number) for number in range(40)}
+    assert all(part.is_cached(0) for part in stream.parts)
+    assert stream.sample(0)["tokens"].shape == (32,)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_mapping_lives_as_long_as_its_views(tmp_path):
+    (tmp_path / "file").write_bytes(bytes(range(8)))
+    view = part_of(map_file(tmp_path / "file"), "<u2", 3, 1)
+    gc.collect()
+    assert view.tolist() == [0x0201, 0x0403, 0x0605]
+    with pytest.raises(ValueError, match="read-only"):
+        view[0] = 1
+    regions = Path("/proc/self/maps").read_text().count(str(tmp_path / "file"))
+    del view
+    gc.collect()
+    assert (regions, Path("/proc/self/maps").read_text().count(str(tmp_path / "file"))) == (1, 0)
+    (tmp_path / "empty").touch()
+    assert map_file(tmp_path / "empty").size == 0
+    with pytest.raises(FileNotFoundError):
+        map_file(tmp_path / "none")
 
 
 def test_index_is_built_once_for_the_whole_run(cached, monkeypatch):
