@@ -71,6 +71,8 @@ class RankJob:
             print(f"ling: {in_words(outcome)}, saved {checkpoint}; the same command resumes", flush=True)
         if self.attempt is not None:
             self.attempt.end(outcome, step)
+        else:
+            print(f"ling: nothing was left to do at step {step}; raise train.train_iters to go on", flush=True)
         write_outcome(self.run_dir, outcome)
         if self.lease is not None:
             self.lease.release()

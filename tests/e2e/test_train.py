@@ -108,6 +108,7 @@ def test_a_finished_run_started_again_stays_as_it_is(place, copy):
     done = ling("train", "run.yaml", f"run.dir={copy}", cwd=place)
     assert done.code == 0, done
     assert f"resumed from {copy}/checkpoints/step_00000006 at step 6" in done.out
+    assert done.out.splitlines()[-1] == "ling: nothing was left to do at step 6; raise train.train_iters to go on"
     after = content(place / copy)
     assert before.pop("config.yaml") != after.pop("config.yaml")  # another run.dir
     assert after == before
