@@ -36,7 +36,7 @@ def map_file(path: str | Path) -> np.ndarray:
         raise OSError(number, os.strerror(number), str(path))
     region = (ctypes.c_ubyte * size).from_address(address)
     weakref.finalize(region, _LIBC.munmap, address, size).atexit = False  # the system does that, when nobody reads
-    mapped = np.frombuffer(region, np.uint8)
+    mapped = np.frombuffer(memoryview(region), np.uint8)
     mapped.flags.writeable = False
     return mapped
 

@@ -212,6 +212,8 @@ class Watchdog:
             if rank not in told:
                 last = self.board.get(f"rank/{rank}") or {}
                 told[rank] = {"step": None, "phase": "?", "node": "?", "waiting": False} | last | {"place": "no answer"}
+                if self.progress.step > (told[rank]["step"] or 0):  # its last word was of an earlier step
+                    told[rank] |= {"step": self.progress.step, "phase": "an unknown phase"}
         suspects = suspects_of(told)
         lines = summary(told)
         self.logs.mkdir(parents=True, exist_ok=True)
