@@ -79,6 +79,21 @@ def test_a_rank_that_stands_still_is_named_with_its_step_and_stack(world, tmp_pa
     assert "test_a_rank_that_stands_still" in stacks
 
 
+def test_a_rank_that_does_not_answer_is_named_with_the_step_of_the_others(world, tmp_path):
+    waiting, silent = world(2, hang_timeout=0.5, timing=replace(TIMING, collect=0.5))
+    silent.work(1)
+    while (silent.watchdog.board.get("rank/1") or {}).get("step") != 1:
+        time.sleep(0.01)
+    silent.watchdog._stop.set()  # stopped, or its machine stands still: no heartbeat and no stack any more
+    for step in (1, 2, 3):
+        waiting.work(step)
+    assert waiting.ended.wait(WAIT_S)
+    failure = waiting.failure
+    assert (failure.reason, failure.rank, failure.step) == ("hung", 1, 3)
+    assert failure.error == "no progress for 0.5 s in an unknown phase: no answer"
+    assert "rank 1 (n1): step 3, an unknown phase: no answer" in (tmp_path / "logs" / "hang.txt").read_text()
+
+
 def test_slow_phases_and_the_first_step_have_more_time():
     progress = Progress()
     assert progress.is_slow, "the start"
