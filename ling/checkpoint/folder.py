@@ -217,6 +217,11 @@ def newest(run_dir: Path) -> Path | None:
     return found[-1][1] if found else None
 
 
+def damaged_folders(run_dir: Path) -> list[Path]:
+    """The checkpoints of a run that were set aside."""
+    return sorted((run_dir / "checkpoints").glob("step_*.damaged*"))
+
+
 def set_aside(folder: Path) -> Path:
     """Rename a damaged checkpoint, so that nothing takes it for a good one; returns its new path."""
     target, number = folder.with_name(f"{folder.name}.damaged"), 1

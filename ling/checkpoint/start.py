@@ -10,6 +10,7 @@ from ling.checkpoint.control import Control
 from ling.checkpoint.folder import (
     DamagedCheckpointError,
     checkpoints,
+    damaged_folders,
     find_damage,
     read_manifest,
     resolve,
@@ -86,7 +87,7 @@ def newest_good(
         kept = control.from_main(lambda folder=folder: set_aside(folder))  # type: ignore[misc]
         announce(f"warning: {folder} is damaged: {problem}; kept as {kept.name}")
         found_damaged.append(kept)
-    earlier = control.from_main(lambda: sorted((run_dir / "checkpoints").glob("step_*.damaged*")))
+    earlier = control.from_main(lambda: damaged_folders(run_dir))
     if found_damaged or earlier:
         raise UserError(
             f"{run_dir} has no good checkpoint left, only {', '.join(path.name for path in found_damaged or earlier)}; "

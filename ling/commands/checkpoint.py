@@ -50,18 +50,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Do what the action says."""
-    return {"list": _list, "verify": _verify, "prune": _prune, "merge": _merge}[args.action](args)
+    try:
+        return {"list": _list, "verify": _verify, "prune": _prune, "merge": _merge}[args.action](args)
+    except OSError as error:
+        place = next(getattr(args, name) for name in ("output", "run", "checkpoint") if hasattr(args, name))
+        raise UserError(f"{error.filename or place}: {error.strerror}; see to that disk, and start again") from error
 
 
 def _list(args: argparse.Namespace) -> int:
-    from ling.checkpoint.folder import step_folders
+    from ling.checkpoint.folder import damaged_folders, step_folders
 
     rows = [_row(step, path) for step, path in step_folders(_run_of(args.run))]
     if args.json:
         print(json.dumps(rows, indent=1))
         return 0
+    if aside := damaged_folders(args.run):
+        print(f"set aside as damaged: {', '.join(path.name for path in aside)}")
     if not rows:
-        print(f"{args.run} has no checkpoints yet")
+        print(f"{args.run} has no {'good checkpoint left' if aside else 'checkpoints yet'}")
         return 0
     lines = [["step", "size", "layout", "loss", "age", "state"]]
     for row in rows:

@@ -1,13 +1,15 @@
 """`ling checkpoint` from the outside."""
 
 import json
+import re
 import shutil
+import subprocess
 
 import pytest
 
 from ling.checkpoint.folder import checkpoints, read_manifest, set_aside
 from ling.cli import main
-from tests.checkpoint.files import flip_a_byte, make_run
+from tests.checkpoint.files import flip_a_byte, make_run, mounted
 
 
 @pytest.fixture
@@ -25,7 +27,8 @@ def test_list(run, capsys):
     (run / "checkpoints" / "step_00000006" / "manifest.json").unlink()
     set_aside(run / "checkpoints" / "step_00000002")
     assert ling("list", run) == 0
-    header, *rows = capsys.readouterr().out.splitlines()
+    aside, header, *rows = capsys.readouterr().out.splitlines()
+    assert aside == "set aside as damaged: step_00000002.damaged"
     assert header.split() == ["step", "size", "layout", "loss", "age", "state"]
     assert [row.split()[0] for row in rows] == ["4", "6", "8"]
     assert "1 rank" in rows[0]
@@ -43,6 +46,10 @@ def test_list_of_nothing(tmp_path, capsys):
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     assert ling("list", tmp_path / "run") == 0
     assert "has no checkpoints yet" in capsys.readouterr().out
+    (folder,) = make_run(tmp_path / "run", [2]).values()
+    set_aside(folder)
+    assert ling("list", tmp_path / "run") == 0
+    assert capsys.readouterr().out.splitlines()[1] == f"{tmp_path / 'run'} has no good checkpoint left"
     assert ling("list", tmp_path) == 2
     assert "is no run's folder" in capsys.readouterr().err
 
@@ -84,6 +91,17 @@ def test_prune_removes_nothing_for_a_damaged_newest_one(run, capsys):
     assert ling("prune", run, "--keep-last", 1) == 2
     assert "step_00000008 is damaged" in capsys.readouterr().err
     assert len(checkpoints(run)) == 4
+
+
+def test_a_disk_that_cannot_be_written(tmp_path, capsys):
+    with mounted(tmp_path / "disk", "size=4m") as disk:
+        found = list(make_run(disk / "run", [2, 4]).values())
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        assert ling("prune", disk / "run", "--keep-last", 1) == 2
+        assert re.search("error: .*step_00000002: Read-only file system; see to that disk", capsys.readouterr().err)
+        assert ling("merge", *found, "--output", disk / "merged") == 2
+        assert re.search("error: .*merged.*: Read-only file system; see to that disk", capsys.readouterr().err)
+        assert ling("list", disk / "run") == ling("verify", disk / "run") == 0
 
 
 def test_merge(run, tmp_path, capsys):

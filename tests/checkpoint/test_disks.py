@@ -1,31 +1,15 @@
 """Saves onto a disk that is full, or cannot be written. Skipped, visibly, where nothing can be mounted."""
 
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
 
 from ling.checkpoint.folder import read_manifest
+from ling.checkpoint.start import newest_good
 from ling.checkpoint.torch_dist import Item, write_file
 from ling.checkpoint.writing import Job
-
-
-@contextmanager
-def mounted(folder: Path, options: str) -> Iterator[Path]:
-    """A file system in memory, for the length of a `with`."""
-    folder.mkdir()
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True, text=True, check=False
-    )
-    if done.returncode != 0:
-        pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
+from tests.checkpoint.files import make_run, mounted
 
 
 def items(count: int) -> list[Item]:
@@ -52,9 +36,6 @@ def test_a_disk_that_cannot_be_written(tmp_path):
 
 
 def test_a_checkpoint_is_read_from_such_a_disk(tmp_path):
-    from ling.checkpoint.start import newest_good
-    from tests.checkpoint.files import make_run
-
     with mounted(tmp_path / "disk", "size=4m") as disk:
         (folder,) = make_run(disk, [2]).values()
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
