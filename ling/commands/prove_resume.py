@@ -29,7 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--kill", action="store_true", help="kill it (-9) after the checkpoint of that step, instead of stopping it"
     )
     parser.add_argument(
-        "--then", action="append", default=[], metavar="a.b=c", help="resume with this setting: another layout, mostly"
+        "--then",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="a.b=c",
+        help="resume with these: another layout, mostly",
     )
     parser.add_argument("--then-nproc", type=positive_int, metavar="M", help="resume on so many ranks")
     parser.add_argument("--workdir", type=Path, metavar="DIR", help="where the runs go (default: a temporary folder)")

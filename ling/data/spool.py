@@ -62,7 +62,7 @@ class Spool:
     def __init__(self, output: Path, settings: dict[str, Any], document_type: np.dtype[Any]) -> None:
         self.folder = output.with_name(f".{output.name}.partial")
         self.document_type = document_type
-        self._settings = {**settings, "document_bytes": document_type.itemsize}
+        self._settings = {**settings, "deduplicate or split": document_type == HASHED_DOCUMENT}
         self._entries: list[dict[str, Any]] = []
         self._unsynced: list[dict[str, Any]] = []
         self._files: dict[str, IO[bytes]] = {}

@@ -109,7 +109,7 @@ def test_other_settings_do_not_mix(tmp_path, tokenizer_dir, files):
     stop(tmp_path, tokenizer_dir, files)
     with pytest.raises(UserError, match=r"unfinished preparation with other settings \(field\)"):
         prepare(files, tokenizer_dir, tmp_path / "out", field="body")
-    with pytest.raises(UserError, match=r"other settings \(document_bytes\)"):
+    with pytest.raises(UserError, match=r"other settings \(deduplicate or split\)"):
         prepare(files, tokenizer_dir, tmp_path / "out", deduplicate=True)
     assert (tmp_path / ".out.partial" / "journal.jsonl").stat().st_size
     (tmp_path / "out.json").write_text("mine")
