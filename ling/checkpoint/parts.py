@@ -8,7 +8,7 @@ how they are split over ranks: a rank's share of a flat buffer is stored as the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,6 +119,7 @@ class RankState:
     def __init__(self, chunks: list[Any], optimizer: Any = None) -> None:
         self._optimizer = optimizer
         self._entries: dict[int, _Entry] = {}
+        self._kept: dict[tuple[int, str | None], tuple[torch.Tensor, int, list[Part]]] = {}
         self.objects: dict[str, Any] = {}
         # gathers nothing: the metadata only says in which of its formats megatron-core describes the tensors
         metadata = {"singleton_local_shards": False, "dp_cp_group": groups.data_with_context()}
@@ -133,11 +134,7 @@ class RankState:
 
     def model_parts(self) -> list[Part]:
         """Weights and buffers."""
-        return [
-            part
-            for entry in self._entries.values()
-            for part in entry.parts(entry.tensor.detach(), whole(tuple(entry.tensor.shape)))
-        ]
+        return [part for key, entry in self._entries.items() for part in self._model_parts(key, entry)]
 
     def master_parts(self) -> list[Part]:
         """fp32 master weights, where the model's own weights are not fp32."""
@@ -173,14 +170,27 @@ class RankState:
         for optimizer in _optimizers(self._optimizer):
             yield from optimizer.optimizer.param_groups
 
+    def _model_parts(self, key: int, entry: _Entry) -> list[Part]:
+        box = whole(tuple(entry.tensor.shape))
+        return self._keep(key, None, entry.tensor, lambda: list(entry.parts(entry.tensor.detach(), box)))
+
     def _flat_parts(self, param: Any, first: int, last: int, state: torch.Tensor, name: str) -> list[Part]:
-        entry = self._entries[id(param)]
-        parts: list[Part] = []
-        flat, taken = state.detach().view(-1), 0
-        for box in boxes_of_range(tuple(param.shape), first, last):
-            parts += entry.parts(flat[taken : taken + box.numel].view(box.size), box, name)
-            taken += box.numel
-        return parts
+        def make() -> list[Part]:
+            parts: list[Part] = []
+            flat, taken = state.detach().view(-1), 0
+            for box in boxes_of_range(tuple(param.shape), first, last):
+                parts += self._entries[id(param)].parts(flat[taken : taken + box.numel].view(box.size), box, name)
+                taken += box.numel
+            return parts
+
+        return self._keep(id(param), name, state, make)
+
+    def _keep(self, key: int, name: str | None, tensor: torch.Tensor, make: Callable[[], list[Part]]) -> list[Part]:
+        """The parts of a tensor, made once while it is the same memory: the run waits while a save asks for them."""
+        kept = self._kept.get((key, name))
+        if kept is None or kept[0] is not tensor or kept[1] != tensor.data_ptr():
+            kept = self._kept[key, name] = (tensor, tensor.data_ptr(), make())
+        return kept[2]
 
     def _optimized(self) -> Iterator[tuple[Any, int, int, torch.Tensor, Any]]:
         """Parameter, range of its flattened elements that this rank updates, their fp32 master, inner optimizer."""

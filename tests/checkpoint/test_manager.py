@@ -255,6 +255,27 @@ def test_random_states_are_kept_where_they_are_used(tmp_path):
     assert {"random_00000.pt", "random_00001.pt"} <= set(read_manifest(folder, "always").files)
 
 
+@pytest.mark.ranks(1)
+def test_what_is_saved_follows_the_memory(tmp_path):
+    trainer = make_trainer("single", tmp_path)
+    steps(trainer, 1)
+    state = trainer.checkpoints._rank_state()
+
+    def places() -> list[int]:
+        return [part.tensor.data_ptr() for part in state.model_parts() + state.moment_parts()]
+
+    before = places()
+    assert places() == before
+    kept = [part.tensor for part in state.model_parts() + state.moment_parts()]  # so that no memory is used again
+    for *_, main, adam in state._optimized():
+        adam.state[main]["exp_avg"] = adam.state[main]["exp_avg"].clone()
+        adam.state[main]["exp_avg_sq"].data = adam.state[main]["exp_avg_sq"].clone()
+    for entry in state._entries.values():
+        entry.tensor.data = entry.tensor.detach().clone()
+    assert len(kept) == len(before)
+    assert not set(places()) & set(before)
+
+
 def test_the_steps_folder_has_eight_digits(tmp_path):
     assert step_folder(tmp_path, 7).name == "step_00000007"
     assert step_folder(tmp_path, 123456789).name == "step_123456789"
