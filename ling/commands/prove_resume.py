@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 from ling.commands import add_config_arguments, positive_int
-from ling.config import UserError, check_config, load_config
+from ling.config import Config, UserError, check_config, load_config
 from ling.job.proof import Verdict, compare_exactly, compare_losses, resumed_from, run_and_break, run_to_end
 
 LOSS_TOLERANCE = 1e-5
@@ -41,6 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="the verdict as JSON")
 
 
+def _schedule(config: Config, steps: int) -> list[str]:
+    """The first steps of the run's own learning rates; a warm-up that is longer is shortened, since it must fit."""
+    end = config.optim.lr_decay_iters or config.train.train_iters
+    return [f"optim.lr_warmup_iters={min(config.optim.lr_warmup_iters, steps)}", f"optim.lr_decay_iters={end}"]
+
+
 def run(args: argparse.Namespace) -> int:
     """Prove it; 0: proved, 1: not."""
     stop_at = args.stop_at or max(1, args.steps // 2)
@@ -49,7 +55,10 @@ def run(args: argparse.Namespace) -> int:
     settings = [*args.overrides, f"train.train_iters={args.steps}", "observe.tensorboard=false"]
     settings += ["observe.wandb=disabled", "checkpoint.keep_last=null", "train.time_limit=null"]
     settings += ["checkpoint.export_every=null", "checkpoint.export_at_end=false"]
-    settings += [f"checkpoint.save_interval={stop_at}"]
+    settings += [
+        f"checkpoint.save_interval={stop_at}",
+        *_schedule(load_config(args.config, args.overrides), args.steps),
+    ]
     then = [*settings, *args.then]
     then_nproc = args.then_nproc or args.nproc
     for overrides, nproc in ((settings, args.nproc), (then, then_nproc)):

@@ -61,7 +61,7 @@ def run_to_end(config: str, overrides: list[str], nproc: int, folder: Path) -> N
     process = _start(config, overrides, nproc, folder)
     _, output = process.communicate()
     if process.returncode != 0:
-        print(output, file=sys.stderr)
+        print(output, end="", file=sys.stderr)
         raise UserError(f"the run in {folder} ended with code {process.returncode}, see above; mend that first")
 
 
@@ -82,7 +82,7 @@ def run_and_break(config: str, overrides: list[str], nproc: int, folder: Path, s
     if process.returncode == 0:
         raise UserError("the run was over before it could be interrupted; raise --steps, or lower --stop-at")
     if process.returncode not in (75, -signal.SIGKILL):
-        print(output, file=sys.stderr)
+        print(output, end="", file=sys.stderr)
         raise UserError(f"the run in {folder} ended with code {process.returncode}, see above; mend that first")
 
 

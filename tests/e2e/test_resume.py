@@ -243,7 +243,8 @@ def test_two_interrupts_end_all_ranks_at_once(place):
 
 def test_prove_resume(place):
     argv = ["prove-resume", "run.yaml", "--steps", "8", "--stop-at", "3", "--kill", "--json"]
-    done = ling(*argv, "train.eval_interval=2", cwd=place)
+    long_run = ["train.train_iters=300", "optim.lr_decay_style=cosine", "optim.lr_warmup_iters=20"]
+    done = ling(*argv, *long_run, "train.eval_interval=2", cwd=place)
     assert done.code == 0, done
     verdict = json.loads(done.out)
     assert (verdict["proved"], verdict["difference"], verdict["folder"]) == (True, None, None)
