@@ -57,6 +57,26 @@ static void store(Dtype dtype, const float* __restrict__ in, int64_t n, void* ro
   }
 }
 
+// Whether a block of the row is fp32 in whole vectors, and can be read and written where it is.
+LING_HD bool is_direct(Dtype dtype, int64_t n) { return dtype == Dtype::float32 && n == whole_vectors(n); }
+
+// A block of a row to read: in place, or in the buffer.
+static const float* read(Dtype dtype, const void* row, int64_t at, int64_t n, float* __restrict__ buffer) {
+  if (is_direct(dtype, n)) return static_cast<const float*>(row) + at;
+  load(dtype, row, at, n, buffer);
+  return buffer;
+}
+
+// Where to compute a block of a row that is to be written.
+static float* target(Dtype dtype, void* row, int64_t at, int64_t n, float* buffer) {
+  return is_direct(dtype, n) ? static_cast<float*>(row) + at : buffer;
+}
+
+// The end of it: what stands in the buffer goes to the row.
+static void write(Dtype dtype, const float* __restrict__ buffer, int64_t n, void* row, int64_t at) {
+  if (!is_direct(dtype, n)) store(dtype, buffer, n, row, at);
+}
+
 // The sum of n numbers in double, in an order that depends on n alone.
 static double sum(const float* in, int64_t n) {
   double lanes[kLanes] = {};

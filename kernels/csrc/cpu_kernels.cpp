@@ -10,26 +10,31 @@ namespace {
 template <class F>
 concept IsSeries = requires { F::max_terms; };
 
+// One block of the activation, times the router weight.
+template <class F>
+void forward_block(const F& f, int64_t whole, float weight, const float* __restrict__ g, const float* __restrict__ u,
+                   float* __restrict__ y) {
+  if constexpr (F::gated) {
+    for (int64_t j = 0; j < whole; ++j) y[j] = f.forward(g[j], u[j]) * weight;
+  } else if constexpr (IsSeries<F>) {
+    for (int64_t j = 0; j < whole; ++j) y[j] = 0.0f;
+    for (int i = 0; i < f.terms; ++i)
+      for (int64_t j = 0; j < whole; ++j) y[j] += f.term(i, g[j]);
+    for (int64_t j = 0; j < whole; ++j) y[j] *= weight;
+  } else {
+    for (int64_t j = 0; j < whole; ++j) y[j] = f.forward(g[j]) * weight;
+  }
+}
+
 template <class F>
 void forward_row(const ForwardRow& row) {
   const F f(row.params, row.scalars, row.num_scalars);
-  const float weight = row.weight;
-  alignas(64) Block g, u, y;
+  alignas(64) Block gates, ups, out;
   for_each_block(row.n, [&](int64_t at, int64_t n) {
-    const int64_t whole = whole_vectors(n);
-    load(row.dtype, row.g, at, n, g);
-    if constexpr (F::gated) {
-      load(row.dtype, row.u, at, n, u);
-      for (int64_t j = 0; j < whole; ++j) y[j] = f.forward(g[j], u[j]) * weight;
-    } else if constexpr (IsSeries<F>) {
-      for (int64_t j = 0; j < whole; ++j) y[j] = 0.0f;
-      for (int i = 0; i < f.terms; ++i)
-        for (int64_t j = 0; j < whole; ++j) y[j] += f.term(i, g[j]);
-      for (int64_t j = 0; j < whole; ++j) y[j] *= weight;
-    } else {
-      for (int64_t j = 0; j < whole; ++j) y[j] = f.forward(g[j]) * weight;
-    }
-    store(row.dtype, y, n, row.y, at);
+    const float* g = read(row.dtype, row.g, at, n, gates);
+    const float* u = F::gated ? read(row.dtype, row.u, at, n, ups) : nullptr;
+    forward_block(f, whole_vectors(n), row.weight, g, u, target(row.dtype, row.y, at, n, out));
+    write(row.dtype, out, n, row.y, at);
   });
 }
 
@@ -69,12 +74,14 @@ void backward_block(const F& f, int64_t whole, float weight, const float* __rest
 template <class F>
 void backward_row(const BackwardRow& row) {
   const F f(row.params, row.scalars, row.num_scalars);
-  alignas(64) Block g, u, dy, dg, du, phi, terms[F::max_scalars + 1];
+  alignas(64) Block gates, ups, upstream, out, out_up, phi, terms[F::max_scalars + 1];
   for_each_block(row.n, [&](int64_t at, int64_t n) {
     const int64_t whole = whole_vectors(n);
-    load(row.dtype, row.g, at, n, g);
-    if constexpr (F::gated) load(row.dtype, row.u, at, n, u);
-    load(row.dtype, row.dy, at, n, dy);
+    const float* g = read(row.dtype, row.g, at, n, gates);
+    const float* u = F::gated ? read(row.dtype, row.u, at, n, ups) : nullptr;
+    const float* dy = read(row.dtype, row.dy, at, n, upstream);
+    float* dg = target(row.dtype, row.dg, at, n, out);
+    float* du = F::gated ? target(row.dtype, row.du, at, n, out_up) : nullptr;
     if (row.sums == nullptr) {
       backward_block<F, false>(f, whole, row.weight, g, u, dy, dg, du, phi, terms);
     } else {
@@ -83,8 +90,8 @@ void backward_row(const BackwardRow& row) {
       row.sums[0] += sum(phi, n);
       for (int i = 0; i < row.num_scalars; ++i) row.sums[1 + i] += sum(terms[F::slot(i, row.num_scalars)], n);
     }
-    store(row.dtype, dg, n, row.dg, at);
-    if constexpr (F::gated) store(row.dtype, du, n, row.du, at);
+    write(row.dtype, out, n, row.dg, at);
+    if constexpr (F::gated) write(row.dtype, out_up, n, row.du, at);
   });
 }
 
