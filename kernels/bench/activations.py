@@ -157,7 +157,7 @@ def errors(
     leaf = x.detach().clone().requires_grad_()
     y = function(leaf, None)
     pairs = [
-        (y, truth),
+        (y.detach(), truth.detach()),
         (torch.autograd.grad(y, leaf, dy)[0], torch.autograd.grad(truth, wide, dy.double())[0]),
     ]
     return [float((ours.double() - true).norm() / true.norm()) for ours, true in pairs]
