@@ -3,6 +3,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <exception>
+#include <map>
+#include <memory>
+#include <mutex>
 #include <tuple>
 
 #include "cpu_formats.h"
@@ -64,6 +67,26 @@ const Activation& find(const std::string& name, const std::vector<double>& param
   return table.activations[i];
 }
 
+// The table of an activation for a 16-bit type, made once; null where there is none.
+std::shared_ptr<const Table> table_of(const Activation& activation, Dtype dtype, const std::vector<float>& params) {
+  if (activation.tabulate == nullptr || dtype == Dtype::float32) return nullptr;
+  constexpr size_t kMost = 64;  // of 768 KiB each
+  static std::mutex mutex;
+  static std::map<std::tuple<const Activation*, Dtype, std::vector<float>>, std::shared_ptr<const Table>> tables;
+  const std::lock_guard lock(mutex);
+  std::shared_ptr<const Table>& found = tables[{&activation, dtype, params}];
+  if (found == nullptr) {
+    auto made = std::make_shared<Table>();
+    activation.tabulate(dtype, params.data(), *made);
+    if (tables.size() > kMost) {
+      tables.clear();
+      return tables[{&activation, dtype, params}] = made;
+    }
+    found = made;
+  }
+  return found;
+}
+
 Tensor ffn_activation(Tensor x, MaybeTensor weight, MaybeTensor scalars, std::string name,
                       std::vector<double> params) {
   const Activation& activation = find(name, params, scalars);
@@ -76,11 +99,12 @@ Tensor ffn_activation(Tensor x, MaybeTensor weight, MaybeTensor scalars, std::st
   Tensor y = empty_at(x, shape_with(x, columns), x.scalar_type());
   const Rows out(y, "y");
   if (columns == 0) return y;
+  const auto table = table_of(activation, in.dtype, params32);
   torch::stable::parallel_for(0, in.count, grain(columns), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const char* row = static_cast<const char*>(in.row(i));
       activation.forward({in.dtype, columns, row, row + columns * size_of(in.dtype), out.row(i), weights[i],
-                          params32.data(), scalars32.data(), static_cast<int>(scalars32.size())});
+                          params32.data(), scalars32.data(), static_cast<int>(scalars32.size()), table.get()});
     }
   });
   return y;
@@ -102,6 +126,7 @@ std::tuple<Tensor, Tensor, Tensor> ffn_activation_backward(Tensor dy, Tensor x, 
   Tensor dscalars = empty_at(x, {need_dscalars ? num_scalars : 0}, ScalarType::Float);
   const Rows out(dx, "dx");
   const bool sums = need_dweight || need_dscalars;
+  const auto table = table_of(activation, in.dtype, params32);
   // Sums over tokens go by groups of fixed size, so that they do not depend on the threads.
   constexpr int64_t kGroup = 32;
   const int64_t groups = (in.count + kGroup - 1) / kGroup;
@@ -113,7 +138,7 @@ std::tuple<Tensor, Tensor, Tensor> ffn_activation_backward(Tensor dy, Tensor x, 
       double found[17] = {};
       activation.backward({in.dtype, columns, upstream.row(i), row, row + columns * size_of(in.dtype), dx_row,
                            dx_row + columns * size_of(in.dtype), weights[i], params32.data(), scalars32.data(),
-                           num_scalars, sums ? found : nullptr});
+                           num_scalars, sums ? found : nullptr, table.get()});
       if (need_dweight) by_token[i] = found[0];
       for (int s = 0; sums && s < num_scalars; ++s) by_group[i / kGroup * num_scalars + s] += found[1 + s];
     }

@@ -77,6 +77,15 @@ static void write(Dtype dtype, const float* __restrict__ buffer, int64_t n, void
   if (!is_direct(dtype, n)) store(dtype, buffer, n, row, at);
 }
 
+// values[0 .. whole_vectors(n)) that a table has for a block of a row of 16-bit numbers, zeros at the end
+static void look_up(const float* __restrict__ table, const void* row, int64_t at, int64_t n,
+                    float* __restrict__ values) {
+  const uint16_t* bits = static_cast<const uint16_t*>(row) + at;
+  int64_t j = 0;
+  for (; j < n; ++j) values[j] = table[bits[j]];
+  for (; j < whole_vectors(n); ++j) values[j] = 0.0f;
+}
+
 // The sum of n numbers in double, in an order that depends on n alone.
 static double sum(const float* in, int64_t n) {
   double lanes[kLanes] = {};

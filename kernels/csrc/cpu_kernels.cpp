@@ -9,6 +9,21 @@ namespace {
 
 template <class F>
 concept IsSeries = requires { F::max_terms; };
+template <class F>
+concept HasTable = F::max_scalars == 0;
+
+template <class F>
+void tabulate(Dtype dtype, const float* params, Table& table) {
+  const F f(params, nullptr, 0);
+  uint16_t bits[kBlock];
+  alignas(64) Block x;
+  for (int at = 0; at < Table::kSize; at += kBlock) {
+    for (int j = 0; j < kBlock; ++j) bits[j] = static_cast<uint16_t>(at + j);
+    load(dtype, bits, 0, kBlock, x);
+    for (int j = 0; j < kBlock; ++j) table.forward[at + j] = f.first()(x[j]);
+    for (int j = 0; j < kBlock; ++j) table.value[at + j] = f.first()(x[j], table.slope[at + j]);
+  }
+}
 
 // One block of the activation, times the router weight.
 template <class F>
@@ -26,14 +41,31 @@ void forward_block(const F& f, int64_t whole, float weight, const float* __restr
   }
 }
 
+// The same from the values of first().
+template <HasTable F>
+void forward_block_from(const F& f, int64_t whole, float weight, const float* __restrict__ value,
+                        const float* __restrict__ u, float* __restrict__ y) {
+  if constexpr (F::gated)
+    for (int64_t j = 0; j < whole; ++j) y[j] = f.forward_from(value[j], u[j]) * weight;
+  else
+    for (int64_t j = 0; j < whole; ++j) y[j] = value[j] * weight;
+}
+
 template <class F>
 void forward_row(const ForwardRow& row) {
   const F f(row.params, row.scalars, row.num_scalars);
   alignas(64) Block gates, ups, out;
   for_each_block(row.n, [&](int64_t at, int64_t n) {
-    const float* g = read(row.dtype, row.g, at, n, gates);
     const float* u = F::gated ? read(row.dtype, row.u, at, n, ups) : nullptr;
-    forward_block(f, whole_vectors(n), row.weight, g, u, target(row.dtype, row.y, at, n, out));
+    float* y = target(row.dtype, row.y, at, n, out);
+    if (HasTable<F> && row.table != nullptr) {
+      if constexpr (HasTable<F>) {
+        look_up(row.table->forward, row.g, at, n, gates);
+        forward_block_from(f, whole_vectors(n), row.weight, gates, u, y);
+      }
+    } else {
+      forward_block(f, whole_vectors(n), row.weight, read(row.dtype, row.g, at, n, gates), u, y);
+    }
     write(row.dtype, out, n, row.y, at);
   });
 }
@@ -71,21 +103,40 @@ void backward_block(const F& f, int64_t whole, float weight, const float* __rest
   }
 }
 
+// The same from what first() gives; phi always.
+template <HasTable F>
+void backward_block_from(const F& f, int64_t whole, float weight, const float* __restrict__ value,
+                         const float* __restrict__ slope, const float* __restrict__ u, const float* __restrict__ dy,
+                         float* __restrict__ dg, float* __restrict__ du, float* __restrict__ phi) {
+  if constexpr (F::gated)
+    for (int64_t j = 0; j < whole; ++j)
+      phi[j] = f.backward_from(value[j], slope[j], u[j], dy[j] * weight, dg[j], du[j]);
+  else
+    for (int64_t j = 0; j < whole; ++j) dg[j] = dy[j] * weight * slope[j], phi[j] = value[j];
+}
+
 template <class F>
 void backward_row(const BackwardRow& row) {
   const F f(row.params, row.scalars, row.num_scalars);
-  alignas(64) Block gates, ups, upstream, out, out_up, phi, terms[F::max_scalars + 1];
+  alignas(64) Block gates, slopes, ups, upstream, out, out_up, phi, terms[F::max_scalars + 1];
   for_each_block(row.n, [&](int64_t at, int64_t n) {
     const int64_t whole = whole_vectors(n);
-    const float* g = read(row.dtype, row.g, at, n, gates);
     const float* u = F::gated ? read(row.dtype, row.u, at, n, ups) : nullptr;
     const float* dy = read(row.dtype, row.dy, at, n, upstream);
     float* dg = target(row.dtype, row.dg, at, n, out);
     float* du = F::gated ? target(row.dtype, row.du, at, n, out_up) : nullptr;
-    if (row.sums == nullptr) {
-      backward_block<F, false>(f, whole, row.weight, g, u, dy, dg, du, phi, terms);
+    if (HasTable<F> && row.table != nullptr) {
+      if constexpr (HasTable<F>) {
+        look_up(row.table->value, row.g, at, n, gates);
+        look_up(row.table->slope, row.g, at, n, slopes);
+        backward_block_from(f, whole, row.weight, gates, slopes, u, dy, dg, du, phi);
+      }
     } else {
-      backward_block<F, true>(f, whole, row.weight, g, u, dy, dg, du, phi, terms);
+      const float* g = read(row.dtype, row.g, at, n, gates);
+      const auto backward = row.sums == nullptr ? backward_block<F, false> : backward_block<F, true>;
+      backward(f, whole, row.weight, g, u, dy, dg, du, phi, terms);
+    }
+    if (row.sums != nullptr) {
       for (int64_t j = 0; j < whole; ++j) phi[j] *= dy[j];
       row.sums[0] += sum(phi, n);
       for (int i = 0; i < row.num_scalars; ++i) row.sums[1 + i] += sum(terms[F::slot(i, row.num_scalars)], n);
@@ -230,8 +281,14 @@ void topk_relu_backward(const TopKRow& row) {
   });
 }
 
-#define LING_ACTIVATION(name, functor) \
-  {name, functor<HostMath>::gated, forward_row<functor<HostMath>>, backward_row<functor<HostMath>>},
+template <class F>
+constexpr Activation activation(const char* name) {
+  Activation made{name, F::gated, nullptr, forward_row<F>, backward_row<F>};
+  if constexpr (HasTable<F>) made.tabulate = tabulate<F>;
+  return made;
+}
+
+#define LING_ACTIVATION(name, functor) activation<functor<HostMath>>(name),
 constexpr Activation kActivations[] = {LING_FOR_EACH_ACTIVATION(LING_ACTIVATION)};
 #undef LING_ACTIVATION
 

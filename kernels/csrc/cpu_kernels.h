@@ -7,6 +7,13 @@ namespace ling {
 
 enum class Dtype { float32, float16, bfloat16 };
 
+// A function of one number of 16 bits, by the number's bits: looked up faster than computed.
+struct Table {
+  static constexpr int kSize = 1 << 16;
+  float forward[kSize];         // the value as the forward pass computes it
+  float value[kSize], slope[kSize];  // and as the backward pass does
+};
+
 struct ForwardRow {
   Dtype dtype;      // of g, u and y
   int64_t n;        // elements of y
@@ -17,6 +24,7 @@ struct ForwardRow {
   const float* params;
   const float* scalars;
   int num_scalars;
+  const Table* table;  // null: compute
 };
 
 struct BackwardRow {
@@ -33,11 +41,14 @@ struct BackwardRow {
   int num_scalars;
   // null: not wanted. sums[0] += sum of phi dy (without the weight), sums[1 + i] += gradient of scalar i
   double* sums;
+  const Table* table;  // null: compute
 };
 
 struct Activation {
   const char* name;
   bool gated;
+  // all that first() gives for numbers of 16 bits; null where there are scalars
+  void (*tabulate)(Dtype, const float* params, Table&);
   void (*forward)(const ForwardRow&);
   void (*backward)(const BackwardRow&);
 };

@@ -11,6 +11,8 @@
 //                                                   returns the activation too (for the router weight's gradient) and
 //                                                   adds to dscalars[0 .. max_scalars)
 //   slot(i, num_scalars)                            where in dscalars the gradient of scalars[i] is
+// and without scalars also first(), its function of g or x alone; a gated one goes on from that function's value by
+// forward_from and backward_from.
 //
 // Math is a struct of static functions of float:
 //   sqrt(x)                       x >= 0; below 0 any value, without trapping
@@ -331,10 +333,16 @@ struct Gated {
 
   LING_HD Gated(const float* params, const float*, int) : gate(params), up(params) {}
   LING_HD static int slot(int i, int) { return i; }
-  LING_HD float forward(float g, float u) const { return gate(g) * up(u); }
+  LING_HD const Gate& first() const { return gate; }
+  LING_HD float forward(float g, float u) const { return forward_from(gate(g), u); }
+  LING_HD float forward_from(float gate_value, float u) const { return gate_value * up(u); }
   LING_HD float backward(float g, float u, float dy, float& dg, float& du, float*) const {
-    float gate_slope, up_slope;
+    float gate_slope;
     const float gate_value = gate(g, gate_slope);
+    return backward_from(gate_value, gate_slope, u, dy, dg, du);
+  }
+  LING_HD float backward_from(float gate_value, float gate_slope, float u, float dy, float& dg, float& du) const {
+    float up_slope;
     const float up_value = up(u, up_slope);
     dg = dy * up_value * gate_slope;
     du = dy * gate_value * up_slope;
@@ -350,6 +358,7 @@ struct Ungated {
 
   LING_HD Ungated(const float* params, const float*, int) : phi(params) {}
   LING_HD static int slot(int i, int) { return i; }
+  LING_HD const Phi& first() const { return phi; }
   LING_HD float forward(float x) const { return phi(x); }
   LING_HD float backward(float x, float dy, float& dx, float*) const {
     float slope;
