@@ -85,7 +85,6 @@ def build_trainer(config: Config, world: groups.World, platform: Platform, folde
     chunks = wrap_model(config, model, platform, bf16=bf16)
     optimizer = build_optimizer(config, chunks, bf16=bf16, use_gloo_process_groups=False)
     peak = config.observe.peak_tflops or find_peak_tflops(platform.device_name())
-    tokens_per_step = config.train.global_batch_size * config.data.sequence_length
     flops = flops_per_token(config.model, config.data.sequence_length).total
     if world.is_main:
         print(_banner(config, world, platform, list(choices.values())), flush=True)
@@ -99,7 +98,7 @@ def build_trainer(config: Config, world: groups.World, platform: Platform, folde
         train_stream=build_train_stream(config),
         valid_streams=build_valid_streams(config),
         loggers=build_loggers(config, folder, resume_step, world.is_main, to_dict(config)),
-        throughput=Throughput(tokens_per_step, flops, world.size, peak),
+        throughput=Throughput(flops, world.size, peak),
     )
 
 

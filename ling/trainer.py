@@ -17,7 +17,7 @@ from megatron.core.distributed import finalize_model_grads
 
 from ling.checkpoint.manager import CheckpointManager, Position
 from ling.config import Config
-from ling.config.derived import num_microbatches
+from ling.config.derived import global_batch_size_at, num_microbatches
 from ling.data.datasets import BatchIterator, SampleStream, eval_batches
 from ling.job.control import JobControl
 from ling.job.files import node_name
@@ -66,7 +66,6 @@ class Trainer:
     """Whether the step that this run continues from was not evaluated, though it should have been."""
 
     def __post_init__(self) -> None:
-        self.num_microbatches = num_microbatches(self.config, self.world.size)
         self._data_sum = 0
         self.checkpoints = CheckpointManager(
             self.config, self.run_dir, self.chunks, self.optimizer, self._print, self._log_event
@@ -108,7 +107,7 @@ class Trainer:
             if not self.is_stopped and train.eval_interval and self.step % train.eval_interval == 0:
                 self.evaluate()
                 evaluated = self.step
-            self.job.deadline.measured_step(time.monotonic() - start)
+            self.job.deadline.measured_step(self._growth(record) * (time.monotonic() - start))
             if save_interval and self.step % save_interval == 0:
                 self._save_timed(final=self.step == train.train_iters or self.is_stopped)
                 saved = self.step
@@ -131,6 +130,7 @@ class Trainer:
         """
         start = time.perf_counter()
         config, train = self.config, self.config.train
+        batch_size = global_batch_size_at(config, self.consumed_samples)
         self.job.progress.mark("forward and backward", self.step + 1)
         lr = learning_rate(self.step + 1, config.optim, train.train_iters)
         if self.origin is not None:
@@ -142,13 +142,14 @@ class Trainer:
         self.optimizer.zero_grad()
         self._data_sum = 0
         self.stragglers.begin_step()
-        reports = self._run_microbatches(self._checked(batches), self.num_microbatches)
+        microbatches = num_microbatches(config, self.world.size, batch_size)
+        reports = self._run_microbatches(self._checked(batches), microbatches)
         self.job.progress.mark(LOSS_SUM)
         losses, data_crc32 = self._reduce(reports, take_mtp_loss(), self._data_sum)
         self.job.progress.mark("optimizer")
         _, grad_norm, _ = self.optimizer.step()
         self.step += 1
-        self.consumed_samples += train.global_batch_size
+        self.consumed_samples += batch_size
         if not (math.isfinite(losses["loss"]) and math.isfinite(grad_norm)):
             self._report_nonfinite(losses["loss"], grad_norm)
         self.last_loss = losses["loss"]
@@ -162,8 +163,8 @@ class Trainer:
             "data_crc32": data_crc32,
             "grad_norm": grad_norm,
             "lr": lr,
-            "global_batch_size": train.global_batch_size,
-            **self.throughput.measure(seconds),
+            "global_batch_size": batch_size,
+            **self.throughput.measure(batch_size * config.data.sequence_length, seconds),
             "step_ms": seconds * 1e3,
             "peak_memory_gib": self.platform.peak_memory_gib(),
         }
@@ -179,7 +180,7 @@ class Trainer:
         for name, stream in self.valid_streams.items():
             self.job.progress.mark(f"evaluation of {name}")
             batches = self._iterators(stream, 0, 0)
-            microbatches = self.num_microbatches * eval_batches(stream, self.config)
+            microbatches = num_microbatches(self.config, self.world.size) * eval_batches(stream, self.config)
             reports = self._run_microbatches(batches, microbatches, forward_only=True)
             losses[name + suffix] = self._reduce(reports, None)[0]["loss"]
         record = {"step": self.step, "eval": losses, **more}
@@ -226,6 +227,11 @@ class Trainer:
             self.origin = {"checkpoint": str(folder), "step": self.step}
             optimizer = "with" if settings.load_optimizer else "without"
             self._print(f"began from {folder} {optimizer} its optimizer, at step {self.step}")
+
+    def _growth(self, record: dict[str, Any]) -> float:
+        """How many times as large as the step just made the one after the next is: that one must fit before a stop."""
+        following = self.consumed_samples + global_batch_size_at(self.config, self.consumed_samples)
+        return global_batch_size_at(self.config, following) / int(record["global_batch_size"])
 
     def _save_timed(self, final: bool) -> None:
         start = time.monotonic()

@@ -186,6 +186,6 @@ def test_the_metrics_table_is_that_of_a_step():
 
     section = (ROOT / "README.md").read_text().split("### What the numbers mean")[1].split("## ")[0]
     named = set(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE))
-    assert set(Throughput(1, 1, 1).measure(1.0)) <= named
+    assert set(Throughput(1, 1).measure(1, 1.0)) <= named
     trainer = (ROOT / "ling" / "trainer.py").read_text()
-    assert all(f'"{key}"' in trainer for key in named - set(Throughput(1, 1, 1).measure(1.0)) - {"attempt"})
+    assert all(f'"{key}"' in trainer for key in named - set(Throughput(1, 1).measure(1, 1.0)) - {"attempt"})

@@ -8,7 +8,7 @@ import sys
 
 from ling.commands import add_config_arguments, positive_int
 from ling.config import Config, check_config, load_config, non_default_values, to_dict, to_yaml
-from ling.config.derived import data_parallel_size, num_microbatches
+from ling.config.derived import data_parallel_size, global_batch_size_at, num_microbatches
 from ling.config.report import describe_keys, shown
 from ling.config.rules import config_warnings
 
@@ -69,6 +69,7 @@ def _checked(config: Config, world_size: int | None) -> str:
     text = f"{counts.total:,} parameters ({counts.activated:,} activated per token)"
     if world_size is not None:
         replicas = data_parallel_size(config.parallel, world_size)
-        batches = num_microbatches(config, world_size)
+        sizes = dict.fromkeys((global_batch_size_at(config, 0), config.train.global_batch_size))
+        batches = " to ".join(str(num_microbatches(config, world_size, size)) for size in sizes)
         text += f"; {world_size} ranks: {replicas} data-parallel, {batches} microbatches per step"
     return text

@@ -239,7 +239,9 @@ def _preview(config: Config, as_json: bool) -> int:
 
 
 def _blend_lines(config: Config, taken: list[Share]) -> list[str]:
-    total = config.train.train_iters * config.train.global_batch_size * config.data.sequence_length
+    from ling.config.derived import consumed_samples_after
+
+    total = consumed_samples_after(config, config.train.train_iters) * config.data.sequence_length
     width = max(len("source"), *(len(row.source.name) for row in taken))
     lines = [
         f"{config.train.train_iters} steps take {total:,} tokens",
@@ -252,7 +254,7 @@ def _blend_lines(config: Config, taken: list[Share]) -> list[str]:
 
 
 def _index(args: argparse.Namespace) -> int:
-    from ling.config.derived import cache_dir
+    from ling.config.derived import cache_dir, consumed_samples_after
     from ling.config.errors import UserError
     from ling.data.build_index import build_index
     from ling.data.datasets import build_train_stream
@@ -260,7 +262,7 @@ def _index(args: argparse.Namespace) -> int:
     config = _checked_config(args.config, args.overrides)
     stream = build_train_stream(config)
     folder = cache_dir(config)
-    samples = config.train.train_iters * config.train.global_batch_size
+    samples = consumed_samples_after(config, config.train.train_iters)
     try:
         built = build_index(stream, samples, args.workers or len(os.sched_getaffinity(0)), sys.stderr)
     except OSError as error:

@@ -35,7 +35,7 @@ FREE_TO_CHANGE = (
 )
 """Settings that may differ when a run is resumed: they change neither the model nor the order of the data."""
 
-NOT_FREE = ("train.global_batch_size",)
+NOT_FREE = ("train.global_batch_size", "train.rampup_batch_size")
 PARTIAL = ".config.yaml.partial"
 EARLY_STOP = 75
 

@@ -76,10 +76,42 @@ def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
     return world_size // (replica * parallel.context_parallel_size)
 
 
-def num_microbatches(config: Config, world_size: int) -> int:
-    """Forward passes of one step on each rank."""
+def num_microbatches(config: Config, world_size: int, batch_size: int | None = None) -> int:
+    """Forward passes on each rank of a step of so many sequences, by default of the full global batch."""
     per_pass = config.train.micro_batch_size * data_parallel_size(config.parallel, world_size)
-    return config.train.global_batch_size // per_pass
+    return (config.train.global_batch_size if batch_size is None else batch_size) // per_pass
+
+
+def global_batch_size_at(config: Config, consumed_samples: int) -> int:
+    """Sequences of the step that comes after so many samples: the full global batch, or less during the ramp.
+
+    With `train.rampup_batch_size: [start, increment, samples]` the batch is, up to `samples` consumed samples,
+    start + int(consumed / (samples / n)) * increment with n = (global_batch_size - start) / increment, and the full one
+    from then on. The formula and its rounding are Megatron-LM's (`--rampup-batch-size`,
+    `RampupBatchsizeNumMicroBatchesCalculator.update` in megatron/core/num_microbatches_calculator.py).
+    """
+    train = config.train
+    if train.rampup_batch_size is None or consumed_samples > train.rampup_batch_size[2]:
+        return train.global_batch_size
+    start, increment, samples = train.rampup_batch_size
+    per_increment = samples / ((train.global_batch_size - start) // increment)
+    return start + int(consumed_samples / per_increment) * increment
+
+
+def consumed_samples_after(config: Config, steps: int) -> int:
+    """Samples that the first so many steps of a run take, from the start of its data."""
+    train, consumed = config.train, 0
+    if train.rampup_batch_size is not None:
+        start, increment, samples = train.rampup_batch_size
+        per_increment = samples / ((train.global_batch_size - start) // increment)
+        while steps and consumed <= samples:
+            batch = global_batch_size_at(config, consumed)
+            # where the next increment begins, and a sample less, which is more than the rounding of the division
+            below = int(((batch - start) // increment + 1) * per_increment) - 1
+            together = min(steps, max(1, (below - consumed) // batch))
+            consumed += together * batch
+            steps -= together
+    return consumed + steps * train.global_batch_size
 
 
 def data_sources(value: Any, where: str = "data") -> list[Source]:

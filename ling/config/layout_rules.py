@@ -12,7 +12,8 @@ from ling.config.derived import (
     num_query_groups,
     padded_vocab_size,
 )
-from ling.config.schema import Config
+from ling.config.keys import LARGEST_INT
+from ling.config.schema import Config, TrainConfig
 
 
 def _indivisible(key: str, size: int | None, by: int, what: str) -> Iterator[str]:
@@ -166,6 +167,7 @@ def _world(config: Config, world: int | None) -> Iterator[str]:
         yield from _indivisible(
             "train.global_batch_size", train.global_batch_size, train.micro_batch_size, "train.micro_batch_size"
         )
+        yield from _ramp(train, train.micro_batch_size, f"train.micro_batch_size ({train.micro_batch_size})")
         return
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     experts = 1
@@ -185,17 +187,44 @@ def _batch(config: Config, world: int) -> Iterator[str]:
     train, pp = config.train, config.parallel.pipeline_model_parallel_size
     replicas = data_parallel_size(config.parallel, world)
     per_pass = train.micro_batch_size * replicas
+    what = f"micro_batch_size ({train.micro_batch_size}) x data-parallel ranks ({replicas})"
+    if config.parallel.virtual_pipeline_model_parallel_size:
+        yield from _ramp(train, per_pass * pp, f"{what} x pipeline stages ({pp}), which are interleaved")
+    else:
+        yield from _ramp(train, per_pass, what)
     if train.global_batch_size % per_pass:
-        yield (
-            f"train.global_batch_size: {train.global_batch_size} is not a multiple of micro_batch_size "
-            f"({train.micro_batch_size}) x data-parallel ranks ({replicas}); change one of them"
-        )
+        yield (f"train.global_batch_size: {train.global_batch_size} is not a multiple of {what}; change one of them")
     elif config.parallel.virtual_pipeline_model_parallel_size and num_microbatches(config, world) % pp:
         count = num_microbatches(config, world)
         yield (
             f"train.global_batch_size: interleaved pipeline stages need a multiple of {pp} microbatches, got {count}; "
             "change the batch sizes or the virtual stages"
         )
+
+
+def _ramp(train: TrainConfig, unit: int, what: str) -> Iterator[str]:
+    """The ramp of the batch; every batch on the way must be a multiple of `unit`, which messages call `what`."""
+    ramp, full, key = train.rampup_batch_size, train.global_batch_size, "train.rampup_batch_size"
+    if ramp is None:
+        return
+    if len(ramp) != 3 or not all(1 <= value <= LARGEST_INT for value in ramp):
+        yield (
+            f"{key}: expected [start, increment, samples], numbers from 1 to {LARGEST_INT}, got {ramp}; "
+            "write null for a constant batch"
+        )
+        return
+    start, increment, _ = ramp
+    if start >= full:
+        yield f"{key}: start {start} is not less than train.global_batch_size ({full}); lower it, or write null"
+    elif (full - start) % increment:
+        yield (
+            f"{key}: steps of {increment} from {start} do not reach train.global_batch_size ({full}); "
+            f"use an increment that divides {full - start}"
+        )
+    else:
+        for name, value in (("start", start), ("increment", increment)):
+            if value % unit:
+                yield f"{key}: {name} {value} is not a multiple of {what}; change one of them"
 
 
 LAYOUT_RULES = (

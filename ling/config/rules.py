@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from ling.config.derived import activation_for, data_sources
+from ling.config.derived import activation_for, consumed_samples_after, data_sources
 from ling.config.duration import parse_duration
 from ling.config.errors import UserError
 from ling.config.keys import all_keys, branches, did_you_mean, limit_problems
@@ -41,6 +41,9 @@ def config_warnings(config: Config) -> list[str]:
     kinds = ("dense",) if config.model.num_moe_experts is None else ("dense", "shared", "routed")
     specs = [activation_for(config.model, kind) for kind in kinds]
     lines = [line for spec in specs for line in resolve(spec, num_layers=config.model.num_layers).warnings()]
+    ramp, taken = config.train.rampup_batch_size, consumed_samples_after(config, config.train.train_iters)
+    if ramp is not None and taken <= ramp[2]:
+        lines.append(f"train.rampup_batch_size: the run takes {taken} samples and ends before its ramp of {ramp[2]}")
     return list(dict.fromkeys(lines))
 
 

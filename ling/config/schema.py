@@ -171,6 +171,9 @@ class TrainConfig:
     train_iters: int = opt(MISSING, "steps of the run", ge=1)
     micro_batch_size: int = opt(1, "sequences of one forward pass on one rank", ge=1)
     global_batch_size: int = opt(MISSING, "sequences of one step over all ranks", ge=1)
+    rampup_batch_size: list[int] | None = opt(
+        None, "grow the batch to global_batch_size: [start, increment, samples over which it grows]; null: constant"
+    )
     eval_interval: int = opt(0, "evaluate every so many steps; 0: only at the end", ge=0)
     eval_iters: int = opt(8, "global batches of one evaluation, always the same ones", ge=1)
     gc_interval: int = opt(

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ling.config.derived import Source, test_sources, train_sources, valid_sources
+from ling.config.derived import Source, consumed_samples_after, test_sources, train_sources, valid_sources
 from ling.config.errors import UserError
 from ling.config.schema import Config
 from ling.data.index_file import check_prefix
@@ -56,7 +56,7 @@ def check_data(config: Config) -> None:
 def shares(config: Config, sources: Sequence[Source], tokens: Sequence[int]) -> list[Share]:
     """What the run takes of each training source; tokens: of one epoch of each."""
     length = config.data.sequence_length
-    total = config.train.train_iters * config.train.global_batch_size
+    total = consumed_samples_after(config, config.train.train_iters)
     epochs = [samples_in(count, length) for count in tokens]
     weights = blend_weights(sources, epochs, length)
     result = []

@@ -146,7 +146,8 @@ class BatchIterator:
     """The micro-batches of one data-parallel rank, in order, from any position on.
 
     Micro-batch m after `consumed_samples` has, on rank r of d, the samples `consumed + m*micro*d + r*micro` and
-    following: a step's global batch is the next `global_batch_size` samples of the stream however many ranks share it.
+    following: a step's global batch is the next samples of the stream, however many ranks share it, however many there
+    are in it (train.rampup_batch_size), and however many there were in the steps before.
     Yields the fields of `SampleStream.sample` stacked to CPU tensors [micro, S]; ends where the stream does.
     num_workers: processes that read ahead; they change nothing but the time. Raises UserError for a global batch that
     does not divide evenly.

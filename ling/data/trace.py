@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ling.config.derived import data_parallel_size
+from ling.config.derived import consumed_samples_after, data_parallel_size, global_batch_size_at
 from ling.config.errors import UserError
 from ling.config.schema import Config
 from ling.data.datasets import SampleStream
@@ -25,16 +25,17 @@ class StepOfRank(NamedTuple):
 def step_of_rank(config: Config, step: int, rank: int, world_size: int, run_dir: Path | None = None) -> StepOfRank:
     """The numbers of the samples that a rank takes in a step, counted from 1.
 
-    run_dir: folder of a run, whose metrics.jsonl says what the steps before have consumed; without it every step takes
-    train.global_batch_size. Raises UserError for steps and ranks that the run does not have.
+    run_dir: folder of a run, whose metrics.jsonl says what the steps before have consumed; without it they have taken
+    what train.global_batch_size and train.rampup_batch_size say. Raises UserError for steps and ranks that the run does
+    not have.
     """
     parallel, micro = config.parallel, config.train.micro_batch_size
     if not 0 <= rank < world_size:
         raise UserError(f"--rank {rank}: the ranks of {world_size} are 0 to {world_size - 1}; see --world")
     if step < 1:
         raise UserError(f"--step {step}: steps are counted from 1")
-    batch = config.train.global_batch_size
-    before = (step - 1) * batch
+    before = consumed_samples_after(config, step - 1)
+    batch = global_batch_size_at(config, before)
     noted = _noted(run_dir, step) if run_dir else None
     if noted is not None:
         batch = noted["global_batch_size"]
@@ -42,9 +43,7 @@ def step_of_rank(config: Config, step: int, rank: int, world_size: int, run_dir:
     dp_size = data_parallel_size(parallel, world_size)
     ranks_of_model = parallel.tensor_model_parallel_size * parallel.context_parallel_size
     if not dp_size or batch % (micro * dp_size):
-        raise UserError(
-            f"--world {world_size}: the layout and train.global_batch_size {batch} do not fit this many ranks"
-        )
+        raise UserError(f"--world {world_size}: the layout and the global batch of {batch} do not fit this many ranks")
     dp_rank = rank // ranks_of_model % dp_size  # megatron-core's order: tensor, context, data, pipeline
     starts = range(before + dp_rank * micro, before + batch, micro * dp_size)
     return StepOfRank(before, batch, dp_rank, dp_size, [list(range(start, start + micro)) for start in starts])

@@ -47,21 +47,19 @@ class Throughput:
     """Rates of a run.
 
     Args:
-        tokens_per_step: tokens of a global batch.
         flops_per_token: model FLOPs of one token, forward and backward, recomputation not counted.
         devices: ranks of the run.
         peak_tflops: dense peak of one device in TFLOP/s; None where it is not known, then there is no MFU.
     """
 
-    tokens_per_step: float
     flops_per_token: float
     devices: int
     peak_tflops: float | None = None
 
-    def measure(self, step_seconds: float) -> dict[str, float | None]:
-        """Rates of a step that took `step_seconds`.
+    def measure(self, tokens: float, step_seconds: float) -> dict[str, float | None]:
+        """Rates of a step of so many tokens over all ranks that took `step_seconds`.
 
-        tokens_per_s            = tokens_per_step / step_seconds
+        tokens_per_s            = tokens / step_seconds
         tokens_per_s_per_device = tokens_per_s / devices
         tflops_per_device       = tokens_per_s_per_device * flops_per_token / 1e12
         mfu                     = tflops_per_device / peak_tflops, as a fraction (PaLM, arXiv 2204.02311, appendix B);
@@ -69,7 +67,7 @@ class Throughput:
         """
         if step_seconds <= 0:
             raise ValueError(f"a step takes longer than {step_seconds} s")
-        per_device = self.tokens_per_step / step_seconds / self.devices
+        per_device = tokens / step_seconds / self.devices
         tflops = per_device * self.flops_per_token / 1e12
         return {
             "tokens_per_s": per_device * self.devices,

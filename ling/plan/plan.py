@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ling.config import check_config
-from ling.config.derived import num_microbatches
+from ling.config.derived import consumed_samples_after, num_microbatches
 from ling.config.errors import UserError
 from ling.config.schema import Config
 from ling.model.counts import ParameterCount, flops_per_token
@@ -24,7 +24,11 @@ IMBALANCE = 1.1
 
 @dataclass(frozen=True)
 class Plan:
-    """What is predicted. Memory in bytes, times in seconds; `memory` and `parameters` have one entry per stage."""
+    """What is predicted. Memory in bytes, times in seconds; `memory` and `parameters` have one entry per stage.
+
+    Steps are those of the full global batch; `useful_s` is the time of all steps, those of a growing batch
+    (train.rampup_batch_size) as they are, without saves and failures.
+    """
 
     config: Config
     cluster: Cluster
@@ -35,6 +39,7 @@ class Plan:
     parameters: tuple[int, ...]
     memory: tuple[StageMemory, ...]
     step: StepTime
+    useful_s: float
     reliability: Reliability
     notes: tuple[str, ...]
 
@@ -67,13 +72,12 @@ class Plan:
     @property
     def tokens(self) -> int:
         """Tokens of the whole run."""
-        return self.tokens_per_step * self.config.train.train_iters
+        return consumed_samples_after(self.config, self.config.train.train_iters) * self.config.data.sequence_length
 
     @property
     def run_s(self) -> float:
         """Wall time of the whole run, saves and failures included; infinite where failures leave no progress."""
-        useful = self.step.total * self.config.train.train_iters
-        return useful / self.reliability.goodput if self.reliability.goodput else float("inf")
+        return self.useful_s / self.reliability.goodput if self.reliability.goodput else float("inf")
 
     @property
     def gpu_hours(self) -> float:
@@ -102,6 +106,10 @@ def make_plan(
     storage = Storage.of(config)
     held = states_of(config, layout, shapes, storage)
     step = Timing(config, layout, cluster, efficiency, imbalance).step(held)
+    useful = step.total * config.train.train_iters
+    if config.train.rampup_batch_size is not None:
+        first = _changed(config, "train", {"global_batch_size": config.train.rampup_batch_size[0]})
+        useful = _with_ramp(config, Timing(first, layout, cluster, efficiency, imbalance).step(held), step)
     return Plan(
         config=config,
         cluster=cluster,
@@ -112,9 +120,20 @@ def make_plan(
         parameters=tuple(own.parameters for own in held),
         memory=tuple(memory_of(config, layout, held, storage, imbalance)),
         step=step,
+        useful_s=useful,
         reliability=reliability(config, cluster, world, step.total, shapes.counts.total),
         notes=tuple(notes),
     )
+
+
+def _with_ramp(config: Config, first: StepTime, full: StepTime) -> float:
+    """Time of all steps, given the first one of the ramp and a full one: a step's time is linear in its sequences."""
+    train = config.train
+    assert train.rampup_batch_size is not None
+    start = train.rampup_batch_size[0]
+    per_sequence = (full.total - first.total) / (train.global_batch_size - start)
+    further = consumed_samples_after(config, train.train_iters) - start * train.train_iters
+    return first.total * train.train_iters + per_sequence * further
 
 
 def checked(config: Config, world: int) -> list[str]:

@@ -49,12 +49,18 @@ def render(plan: Plan) -> str:
         f"{plan.config.precision.recipe}, sequences of {plan.config.data.sequence_length}",
         f"layout    {plan.layout.world} x {gpu.name} ({plan.cluster.name}): {plan.layout.describe()}",
         f"batch     {plan.config.train.global_batch_size} sequences, {big(plan.tokens_per_step)} tokens; "
-        f"{plan.microbatches} micro-batches of {plan.config.train.micro_batch_size}",
+        f"{plan.microbatches} micro-batches of {plan.config.train.micro_batch_size}{_ramp(plan)}",
     ]
     sections = [head, _memory(plan), _time(plan), _run(plan)]
     if plan.notes:
         sections.append([f"note      {note}" for note in plan.notes])
     return "\n\n".join("\n".join(lines) for lines in sections)
+
+
+def _ramp(plan: Plan) -> str:
+    """How the batch grows before it is the one that the plan is of, where it does."""
+    ramp = plan.config.train.rampup_batch_size
+    return f"; from {ramp[0]} sequences by {ramp[1]} over the first {big(ramp[2])}" if ramp else ""
 
 
 def _without_mtp(plan: Plan) -> str:

@@ -137,7 +137,7 @@ def build_trainer(config: Config, run_dir: Path = Path("none"), **settings: Any)
         "train_stream": SyntheticStream(config.model.vocab_size, config.data.sequence_length),
         "valid_streams": {},
         "loggers": Loggers([]),
-        "throughput": Throughput(config.train.global_batch_size * config.data.sequence_length, 1.0, world.size),
+        "throughput": Throughput(1.0, world.size),
     }
     return Trainer(
         config=config,

@@ -4,7 +4,7 @@ from ling.observe.throughput import PEAK_TFLOPS, Throughput, find_peak_tflops
 
 
 def test_rates_follow_their_formulas():
-    rates = Throughput(tokens_per_step=8192, flops_per_token=6e9, devices=4, peak_tflops=100.0).measure(0.5)
+    rates = Throughput(flops_per_token=6e9, devices=4, peak_tflops=100.0).measure(8192, 0.5)
     assert rates["tokens_per_s"] == pytest.approx(16384)
     assert rates["tokens_per_s_per_device"] == pytest.approx(4096)
     assert rates["tflops_per_device"] == pytest.approx(24.576)
@@ -12,12 +12,12 @@ def test_rates_follow_their_formulas():
 
 
 def test_no_peak_no_mfu():
-    assert Throughput(10, 1.0, 1).measure(1.0)["mfu"] is None
+    assert Throughput(1.0, 1).measure(10, 1.0)["mfu"] is None
 
 
 def test_a_step_takes_time():
     with pytest.raises(ValueError, match="0 s"):
-        Throughput(10, 1.0, 1).measure(0.0)
+        Throughput(1.0, 1).measure(10, 0.0)
 
 
 @pytest.mark.parametrize(
