@@ -66,6 +66,7 @@ class Trainer:
     """Whether the step that this run continues from was not evaluated, though it should have been."""
 
     def __post_init__(self) -> None:
+        self.num_microbatches = num_microbatches(self.config, self.world.size)  # of the full global batch
         self._data_sum = 0
         self.checkpoints = CheckpointManager(
             self.config, self.run_dir, self.chunks, self.optimizer, self._print, self._log_event
@@ -180,7 +181,7 @@ class Trainer:
         for name, stream in self.valid_streams.items():
             self.job.progress.mark(f"evaluation of {name}")
             batches = self._iterators(stream, 0, 0)
-            microbatches = num_microbatches(self.config, self.world.size) * eval_batches(stream, self.config)
+            microbatches = self.num_microbatches * eval_batches(stream, self.config)
             reports = self._run_microbatches(batches, microbatches, forward_only=True)
             losses[name + suffix] = self._reduce(reports, None)[0]["loss"]
         record = {"step": self.step, "eval": losses, **more}

@@ -86,6 +86,18 @@ def test_every_difference_is_shown(config):
     assert str(raised.value).endswith("train.allow_change=[run.seed,model.activation]")
 
 
+def test_another_ramp_of_the_batch_is_another_run(config):
+    claim(config)
+    config.train.rampup_batch_size = [1, 1, 100]
+    with pytest.raises(UserError, match=r"train.rampup_batch_size=null \(now \[1, 1, 100\]\)"):
+        claim(config)
+    config.train.allow_change = ["train.rampup_batch_size"]
+    claim(config)
+    config.train.rampup_batch_size, config.train.allow_change = [1, 1, 99], []
+    with pytest.raises(UserError, match=r"train.allow_change=\[train.rampup_batch_size\]"):
+        claim(config)
+
+
 @pytest.mark.parametrize("allowed", [["run.seed", "optim.lr"], ["run", "optim"], ["run.seed", "optim"]], ids=str)
 def test_changes_are_allowed_by_key_or_branch(config, allowed):
     claim(config)

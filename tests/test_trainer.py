@@ -1,6 +1,7 @@
 """The training loop on one or two ranks: what a step does and reports, evaluation, saving, and the end of a bad run."""
 
 import gc
+import zlib
 from dataclasses import replace
 from typing import Any
 
@@ -143,6 +144,37 @@ def test_what_a_step_reports():
     seconds = record["step_ms"] / 1e3
     assert record["tokens_per_s"] == pytest.approx(4 * 32 / seconds)
     assert {"mtp_loss", "grad_norm", "tflops_per_device", "peak_memory_gib"} < set(record)
+
+
+def test_the_batch_grows():
+    ramp = {"global_batch_size": 12, "rampup_batch_size": [4, 4, 16], "train_iters": 5, "eval_iters": 2}
+    trainer = build_trainer(config_of(train=ramp))
+    batches, records = batches_of(trainer), []
+    for _ in range(5):
+        records.append(trainer.train_step(batches))
+        record, seconds = records[-1], records[-1]["step_ms"] / 1e3
+        first = record["consumed_samples"] - record["global_batch_size"]
+        samples = batch_of(trainer.train_stream, first, record["global_batch_size"])["tokens"].numpy()
+        assert record["data_crc32"] == f"{sum(map(zlib.crc32, samples)) % 2**32:08x}"
+        assert record["tokens_per_s"] == pytest.approx(32 * record["global_batch_size"] / seconds)
+    assert [record["global_batch_size"] for record in records] == [4, 4, 8, 12, 12]
+    assert [record["consumed_samples"] for record in records] == [4, 8, 16, 28, 40]
+    constant = build_trainer(config_of(train={"global_batch_size": 4}))
+    constant_batches = batches_of(constant)
+    for record in records[:2]:
+        same = constant.train_step(constant_batches)
+        assert all(same[key] == record[key] for key in ("loss", "mtp_loss", "grad_norm", "data_crc32"))
+
+
+def test_evaluation_takes_the_full_batch_and_a_stop_leaves_room_for_a_larger_step():
+    streams = {"held": SyntheticStream(num_samples=24)}
+    ramp = {"global_batch_size": 12, "rampup_batch_size": [4, 4, 16], "eval_iters": 2}
+    trainer = build_trainer(config_of(train=ramp), valid_streams=streams)
+    whole = build_trainer(config_of(train={"global_batch_size": 12, "eval_iters": 2}), valid_streams=streams)
+    assert trainer.evaluate() == whole.evaluate()
+    batches = batches_of(trainer)
+    found = [trainer._growth(trainer.train_step(batches)) for _ in range(4)]
+    assert found == [8 / 4, 12 / 4, 12 / 8, 1], "of the batches 4, 4, 8, 12, 12, 12"
 
 
 def test_evaluation_is_the_same_every_time_and_changes_nothing():

@@ -115,6 +115,10 @@ LAYOUT = [
     check(
         "batch does not divide", "--world 3", "8 is not a multiple of micro_batch_size (2) x data-parallel ranks (3)"
     ),
+    check("ramp of two numbers", "train.rampup_batch_size=[2,2]", "expected [start, increment, samples]"),
+    check("ramp of text", "train.rampup_batch_size=fast", "expected list of int or null, got 'fast'"),
+    check("ramp that misses the batch", "train.rampup_batch_size=[2,4,100]", "use an increment that divides 6"),
+    check("ramp of odd batches", "train.rampup_batch_size=[2,2,100] --world 2", "start 2 is not a multiple of"),
     check("context parallel", "parallel.context_parallel_size=2", "context parallelism is not built and proved yet"),
     check(
         "experts without sequence parallel",

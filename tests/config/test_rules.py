@@ -51,6 +51,8 @@ def p(**sizes: int | str) -> list[str]:
         (dense("model.kv_channels=null", "model.hidden_size=192", "model.rotary_percent=0.25"), 1),
         (dense("optim.lr_decay_style=WSD", "optim.lr_wsd_decay_iters=380"), None),
         (dense("optim.lr_decay_style=constant", "optim.lr_warmup_iters=400"), None),
+        (dense("train.rampup_batch_size=[8,8,1000]"), 1),
+        (dense("train.micro_batch_size=2", "train.rampup_batch_size=[4,4,1]", *p(pp=2, vpp=2)), 2),
         (dense("data.train=[a/train, {path: b/train, weight: 2, name: b}]", "data.valid=[a/valid, b/valid]"), None),
         (dense("model.activation=gelu", "model.mcore.deallocate_pipeline_outputs=true"), None),
     ],
@@ -169,6 +171,29 @@ WRONG = [
     (dense(), 3, "16 is not a multiple of micro_batch_size (8) x data-parallel ranks (3)"),
     (dense("train.global_batch_size=12"), None, "train.global_batch_size: 12 is not a multiple of"),
     (dense(*p(pp=2, vpp=2), "train.global_batch_size=24"), 2, "need a multiple of 2 microbatches, got 3"),
+    # the ramp of the batch: 16, micro-batches of 8
+    (dense("train.rampup_batch_size=[8]"), None, "expected [start, increment, samples]"),
+    (dense("train.rampup_batch_size=[8,8,0]"), None, "numbers from 1 to 2147483647, got [8, 8, 0]; write null for"),
+    (dense("train.rampup_batch_size=[0,8,9]"), 1, "numbers from 1 to 2147483647, got [0, 8, 9]"),
+    (dense("train.rampup_batch_size=[8,-8,9]"), None, "numbers from 1 to 2147483647, got [8, -8, 9]"),
+    (dense("train.rampup_batch_size=[8,8,3000000000]"), None, "numbers from 1 to 2147483647"),
+    (dense("train.rampup_batch_size=[16,8,9]"), None, "start 16 is not less than train.global_batch_size (16)"),
+    (dense("train.rampup_batch_size=[8,3,9]"), None, "steps of 3 from 8 do not reach train.global_batch_size (16)"),
+    (
+        dense("train.global_batch_size=32", "train.rampup_batch_size=[8,12,9]"),
+        None,
+        "increment 12 is not a multiple of train.micro_batch_size (8)",
+    ),
+    (
+        dense("train.rampup_batch_size=[8,4,9]", "train.micro_batch_size=4"),
+        2,
+        "increment 4 is not a multiple of micro_batch_size (4) x data-parallel ranks (2)",
+    ),
+    (
+        dense("train.rampup_batch_size=[8,4,9]", "train.micro_batch_size=4", *p(pp=2, vpp=2)),
+        2,
+        "increment 4 is not a multiple of micro_batch_size (4) x data-parallel ranks (1) x",
+    ),
     # schedule, precision, data, run
     (dense("optim.min_lr=1"), None, "optim.min_lr: 1.0 is more than optim.lr"),
     (dense("optim.lr_warmup_iters=401"), None, "401 is more than train.train_iters"),

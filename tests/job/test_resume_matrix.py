@@ -16,6 +16,7 @@ from tests.dist.ranks import Ranks
 from tests.dist.training import MOE, SyntheticStream, bare_chunks, build_trainer, tiny_config
 
 STEPS, STOP = 5, 3
+RAMP, BATCHES = {"global_batch_size": 8, "rampup_batch_size": [2, 2, 10]}, [2, 2, 4, 6, 8]
 TP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 PP = {"pipeline_model_parallel_size": 2}
 INTERLEAVED = PP | {"virtual_pipeline_model_parallel_size": 2}
@@ -42,7 +43,17 @@ CASES = [
     for name in LAYOUTS
     for recipe in ("fp32", "bf16")
 ]
-COMPARED = ("step", "consumed_samples", "consumed_tokens", "data_crc32", "loss", "mtp_loss", "grad_norm", "lr")
+COMPARED = (
+    "step",
+    "consumed_samples",
+    "consumed_tokens",
+    "global_batch_size",
+    "data_crc32",
+    "loss",
+    "mtp_loss",
+    "grad_norm",
+    "lr",
+)
 
 
 class Records:
@@ -119,6 +130,46 @@ def test_continued_is_uninterrupted(ranks: Ranks, tmp_path, layout, recipe):
     )
     for rank, problems in enumerate(ranks.run(size, different, config, tmp_path)):
         assert problems == [], f"rank {rank}"
+
+
+@pytest.mark.parametrize(("layout", "recipe"), [("DP2, overlapped", "bf16"), ("PP2 interleaved", "fp32")])
+def test_continued_is_uninterrupted_while_the_batch_grows(ranks: Ranks, tmp_path, layout, recipe):
+    size, _, parallel = LAYOUTS[layout]
+    config = ramp_config(tmp_path, size, parallel, recipe)
+    for rank, problems in enumerate(ranks.run(size, different, config, tmp_path)):
+        assert problems == [], f"rank {rank}"
+
+
+def ramp_config(tmp_path: Path, size: int, parallel: dict[str, Any], recipe: str = "fp32") -> Config:
+    (tmp_path / "words.model").write_bytes(b"not looked into")
+    return tiny_config(
+        size,
+        MOE,
+        parallel=parallel,
+        data={"tokenizer": str(tmp_path / "words.model"), "valid": "none"},
+        precision={"recipe": recipe},
+        train={"train_iters": STEPS, "micro_batch_size": 1, "eval_iters": 1, **RAMP},
+        checkpoint={"save_interval": STOP},
+    )
+
+
+def test_another_number_of_ranks_goes_on_with_the_ramp(ranks: Ranks, tmp_path):
+    whole = ranks.run(2, records_of, ramp_config(tmp_path, 2, EP), tmp_path, None)[0]
+    assert [record["global_batch_size"] for record in whole] == BATCHES
+    folder = tmp_path / "checkpoints" / f"step_{STOP:08d}"
+    (again,) = ranks.run(1, records_of, ramp_config(tmp_path, 1, {}), tmp_path / "resumed", folder)
+    exact = ("step", "consumed_samples", "consumed_tokens", "global_batch_size", "data_crc32", "lr")
+    for ours, theirs in zip(again, whole[STOP:], strict=True):
+        assert all(ours[key] == theirs[key] for key in exact)
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+
+
+def records_of(config: Config, run_dir: Path, checkpoint: Path | None) -> list[dict[str, Any]]:
+    """The records of the steps of a run, from a checkpoint on where one is given."""
+    trainer = build_trainer(config, run_dir, loggers=Loggers([]))
+    if checkpoint is not None:
+        trainer.load(checkpoint)
+    return run_to_the_end(trainer, Records())[0]
 
 
 def test_the_comparison_sees_a_lost_bit(ranks: Ranks, tmp_path):

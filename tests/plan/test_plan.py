@@ -14,6 +14,7 @@ import pytest
 
 from ling.cli import main
 from ling.config import load_config
+from ling.config.derived import global_batch_size_at
 from ling.plan.cluster import Cluster, Gpu, load_cluster
 from ling.plan.plan import make_plan, mends
 from ling.plan.reliability import goodput
@@ -186,6 +187,29 @@ def test_fp8_keeps_more_weights_and_smaller_inputs():
     assert fp8.memory[1].weights == pytest.approx(2 * bf16.memory[1].weights, rel=0.01)
     assert fp8.memory[1].activations < bf16.memory[1].activations
     assert fp8.step.kinds.grouped < bf16.step.kinds.grouped
+
+
+def test_a_growing_batch_is_counted_step_by_step(capsys):
+    constant = ["optim.lr_decay_style=constant", "optim.lr_wsd_decay_iters=null", "optim.lr_warmup_iters=0"]
+    overrides = [*constant, "train.train_iters=30", "train.global_batch_size=3072"]
+    ramp = "train.rampup_batch_size=[768,768,20000]"
+    config = load_config(LARGE_RUN, [*overrides, ramp])
+    plan = make_plan(config, load_cluster(H800), 512)
+    useful = consumed = 0
+    for _ in range(30):
+        batch = global_batch_size_at(config, consumed)
+        fixed = load_config(LARGE_RUN, [f"train.global_batch_size={batch}"])
+        useful += make_plan(fixed, load_cluster(H800), 512).step.total
+        consumed += batch
+    assert {global_batch_size_at(config, at) for at in range(0, consumed, 768)} == {768, 1536, 2304, 3072}
+    assert plan.tokens == consumed * config.data.sequence_length
+    assert plan.useful_s == pytest.approx(useful)
+    assert plan.run_s == pytest.approx(useful / plan.reliability.goodput)
+    assert plan.useful_s < 0.9 * 30 * plan.step.total
+    assert main(["plan", LARGE_RUN, "--world", "512", "--cluster", H800, *overrides, ramp]) == 0
+    assert "; from 768 sequences by 768 over the first 20k\n" in capsys.readouterr().out
+    assert main(["plan", LARGE_RUN, "--world", "512", *overrides, "train.rampup_batch_size=[100,743,9]"]) == 2
+    assert "train.rampup_batch_size: start 100 is not a multiple of" in capsys.readouterr().err
 
 
 def simulate(interval: float, save: float, mtbf: float, restart: float, useful: float, draw: random.Random) -> float:
