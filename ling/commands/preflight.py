@@ -29,12 +29,19 @@ def run(args: argparse.Namespace) -> int:
     """Check; 0 where all is well, 1 where something is not."""
     if "TORCHELASTIC_RUN_ID" in os.environ and "RANK" in os.environ:
         return _run_ranks(args)
-    from ling.launch.node_checks import check_node
-    from ling.launch.reports import write_report
-
     timer = threading.Timer(NODE_TIMEOUT_S, os._exit, (1,))  # a file system that hangs cannot be given up otherwise
     timer.daemon = True
     timer.start()
+    try:
+        return _run_node(args)
+    finally:
+        timer.cancel()
+
+
+def _run_node(args: argparse.Namespace) -> int:
+    from ling.launch.node_checks import check_node
+    from ling.launch.reports import write_report
+
     is_kept = args.run_dir is not None and args.job is not None
     if is_kept and not (args.run_dir / "job" / "starts.jsonl").is_file():
         print(f"ling: error: preflight: {args.run_dir} is not the folder that the other nodes see", flush=True)
@@ -45,7 +52,6 @@ def run(args: argparse.Namespace) -> int:
             write_report(args.run_dir, args.job, report["node"], report)
         except OSError as error:
             report["problems"].append(f"the report cannot be written: {error.strerror}")
-    timer.cancel()
     _show(report, args.json, [[report["node"], problem] for problem in report["problems"]])
     return 1 if report["problems"] else 0
 

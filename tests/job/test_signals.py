@@ -1,5 +1,6 @@
 """Stop signals are noted, and the handlers of before come back; a second Ctrl-C ends a process at once."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -56,13 +57,14 @@ def test_interrupts_of_forked_processes_are_not_counted():
 
 
 def test_nothing_is_left_of_it():
+    gc.collect()  # what other tests have left would go in between
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(3):
         with StopSignals():
             os.kill(os.getpid(), signal.SIGINT)
     while any(thread.name == "ling-signals" for thread in threading.enumerate()):
         time.sleep(0.01)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
     assert signal.set_wakeup_fd(-1) == -1
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 
 import pytest
 import torch
@@ -92,6 +93,8 @@ def test_the_command(run_dir, capsys):
     (run_dir / "job" / "starts.jsonl").unlink()
     assert main([*argv, "--job", "7.1"]) == 1
     assert "is not the folder that the other nodes see" in capsys.readouterr().out
+    timers = [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
+    assert all(timer.finished.is_set() for timer in timers)  # one that is left would end this process
 
 
 def test_products_and_memory_of_a_sound_machine():
