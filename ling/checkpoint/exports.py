@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import ling
-from ling.checkpoint.folder import checkpoints
+from ling.checkpoint.folder import checkpoints, set_aside
 from ling.config import Config
 from ling.config.schema import CheckpointConfig
 
@@ -115,7 +115,9 @@ class Exports:
                     if at > step or at not in found:
                         shutil.rmtree(path)
                 elif at > step:
-                    self._announce(f"{path} is of steps that are done again; kept as {_set_aside(path).name}")
+                    self._announce(
+                        f"{path} is of steps that are done again; kept as {set_aside(path, 'superseded').name}"
+                    )
         except OSError as error:
             self._announce(f"warning: earlier exports could not be put in order: {error}")
         for at, folder in found.items():
@@ -231,12 +233,3 @@ def _reason(code: int, log: Path) -> str:
         lines = []
     messages = [line for line in lines if line.startswith("ling: error: ")] or lines
     return messages[-1].removeprefix("ling: error: ") if messages else f"exit code {code}"
-
-
-def _set_aside(folder: Path) -> Path:
-    """Rename an export whose steps are done again; its new path."""
-    target, number = folder.with_name(f"{folder.name}.superseded"), 1
-    while target.exists():
-        number += 1
-        target = folder.with_name(f"{folder.name}.superseded{number}")
-    return folder.rename(target)

@@ -222,12 +222,12 @@ def damaged_folders(run_dir: Path) -> list[Path]:
     return sorted((run_dir / "checkpoints").glob("step_*.damaged*"))
 
 
-def set_aside(folder: Path) -> Path:
-    """Rename a damaged checkpoint, so that nothing takes it for a good one; returns its new path."""
-    target, number = folder.with_name(f"{folder.name}.damaged"), 1
+def set_aside(folder: Path, mark: str = "damaged") -> Path:
+    """Rename a damaged or superseded folder, so that nothing takes it for a good one; returns its new path."""
+    target, number = folder.with_name(f"{folder.name}.{mark}"), 1
     while target.exists():
         number += 1
-        target = folder.with_name(f"{folder.name}.damaged{number}")
+        target = folder.with_name(f"{folder.name}.{mark}{number}")
     return folder.rename(target)
 
 
