@@ -72,19 +72,15 @@ std::shared_ptr<const Table> table_of(const Activation& activation, Dtype dtype,
   if (activation.tabulate == nullptr || dtype == Dtype::float32) return nullptr;
   constexpr size_t kMost = 64;  // of 768 KiB each
   static std::mutex mutex;
-  static std::map<std::tuple<const Activation*, Dtype, std::vector<float>>, std::shared_ptr<const Table>> tables;
+  using Key = std::tuple<const Activation*, Dtype, std::vector<float>>;
+  static std::map<Key, std::shared_ptr<const Table>> tables;
+  const Key key{&activation, dtype, params};
   const std::lock_guard lock(mutex);
-  std::shared_ptr<const Table>& found = tables[{&activation, dtype, params}];
-  if (found == nullptr) {
-    auto made = std::make_shared<Table>();
-    activation.tabulate(dtype, params.data(), *made);
-    if (tables.size() > kMost) {
-      tables.clear();
-      return tables[{&activation, dtype, params}] = made;
-    }
-    found = made;
-  }
-  return found;
+  if (const auto found = tables.find(key); found != tables.end()) return found->second;
+  const auto made = std::make_shared<Table>();
+  activation.tabulate(dtype, params.data(), *made);
+  if (tables.size() >= kMost) tables.clear();  // those in use stay with their users
+  return tables[key] = made;
 }
 
 Tensor ffn_activation(Tensor x, MaybeTensor weight, MaybeTensor scalars, std::string name,

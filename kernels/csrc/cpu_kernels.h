@@ -10,7 +10,7 @@ enum class Dtype { float32, float16, bfloat16 };
 // A function of one number of 16 bits, by the number's bits: looked up faster than computed.
 struct Table {
   static constexpr int kSize = 1 << 16;
-  float forward[kSize];         // the value as the forward pass computes it
+  float forward[kSize];              // the value as the forward pass computes it
   float value[kSize], slope[kSize];  // and as the backward pass does
 };
 

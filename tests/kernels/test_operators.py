@@ -174,3 +174,12 @@ def test_errors_say_what_is_wrong(change, error, message, device):
 def test_an_unknown_instruction_set_is_refused():
     with pytest.raises(ValueError, match="there are baseline, avx2, avx512"):
         ops.select_cpu_capability("avx9")
+
+
+def test_more_parameters_than_tables_are_kept_for():
+    """16-bit gates are looked up in tables, of which only so many stay; what is made again is the same."""
+    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(5)).bfloat16()
+    first = ops.ffn_activation(x, None, None, "powlu", [3.0])
+    for step in range(100):
+        ops.ffn_activation(x, None, None, "powlu", [1.0 + step / 100])
+    assert torch.equal(ops.ffn_activation(x, None, None, "powlu", [3.0]), first)
