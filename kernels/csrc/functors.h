@@ -16,8 +16,7 @@
 //
 // Math is a struct of static functions of float:
 //   sqrt(x)                       x >= 0; below 0 any value, without trapping
-//   reciprocal(x)                 1 <= x <= 2^125, else any value
-//   exp2(x)                       x < 63, 0 far below; above any value
+//   reciprocal(x)                 x >= 1
 //   log2(x)                       x positive and finite, denormal too; anything else gives any value, without trapping
 //   sigmoid(x), sigmoid(x, complement)              complement = 1 - sigmoid(x), without cancellation
 //   tanh(x), tanh(x, slope)                         slope = 1 - tanh(x)^2, without cancellation
@@ -81,42 +80,42 @@ struct Identity {
 };
 
 // x^(m/(sqrt(x)+1)) sigmoid(x) for x > 0, x sigmoid(x) else (arXiv 2605.25704). Its limit at +inf is 1.
+//
+// With e = e^-|x|, one division by 1 + e serves the power and the sigmoid: x^p / (1 + e) to the right of 0, x e / (1 + e)
+// to the left.
 template <class Math>
 struct PowLUGate {
-  static constexpr float kLargest = 3.4028234663852886e38f;
-  float m;
+  static constexpr float kSmallest = 1.401298464e-45f, kLargest = 3.4028234663852886e38f;
+  float m, edge;
 
-  LING_HD explicit PowLUGate(const float* params) : m(params[0]) {}
+  LING_HD explicit PowLUGate(const float* params) : m(params[0]), edge(params[0] < 1.0f ? kSmallest : 1.0f) {}
 
   LING_HD float operator()(float g) const {
-    const float x = at_most(g, kLargest);
-    const float power = Math::exp2(m * Math::reciprocal(Math::sqrt(x) + 1.0f) * Math::log2(x));
-    return (g > 0.0f ? power : g) * Math::sigmoid(g);
+    const float power = Math::scaled_exp2(m / (Math::sqrt(g) + 1.0f) * Math::log2(g));
+    const float e = Math::scaled_exp(Math::minus_magnitude(g));
+    return (g > 0.0f ? power : g * e) / (Math::kScale + e);
   }
 
   // f' = sigmoid(x) x^(p-1) (p (1 - ln(x)/2 sqrt(x)/(sqrt(x)+1)) + x (1 - sigmoid(x))), p = m/(sqrt(x)+1): unlike
-  // f (p/x + p' ln x + 1 - sigmoid(x)) it has no p/x, which overflows at denormals. Below 1 it is x^(p-1) that is
-  // computed, since x^p underflows first; above 1 it is x^p, since x^(p-1) does.
+  // f (p/x + p' ln x + 1 - sigmoid(x)) it has no p/x, which overflows at denormals. The power computed is x^(p-1) below
+  // an edge, since x^p underflows first there, and x^p from there on, since x^(p-1) underflows. The edge is 1; for m < 1,
+  // where x^(p-1) grows towards 0, all of x > 0 is beyond it.
   LING_HD float operator()(float g, float& slope) const {
     constexpr float kHalfLn2 = 0.34657359027997264f;
     const float x = at_most(g, kLargest);
-    const bool small = x < 1.0f;
     const float root = Math::sqrt(x);
     const float shrink = Math::reciprocal(root + 1.0f);
     const float p = m * shrink;
     const float log2_x = Math::log2(x);
-    // for m < 1 this may be large, which Math::exp2 leaves to us
-    const float exponent = (p - (small ? 1.0f : 0.0f)) * log2_x;
-    const bool large = exponent > 60.0f;
-    const float power = Math::exp2(exponent - (large ? 64.0f : 0.0f)) * (large ? 18446744073709551616.0f : 1.0f);
-    const float x_p = small ? power * x : power;
-    // beyond 1e37 the quotient underflows anyhow
-    const float x_p_minus_1 = small ? power : power * Math::reciprocal(at_most(x, 1e37f));
-    float complement;
-    const float sigma = Math::sigmoid(g, complement);
-    const float right = x_p_minus_1 * (p * (1.0f - kHalfLn2 * log2_x * (root * shrink)) + x * complement);
-    slope = sigma * (g > 0.0f ? right : 1.0f + g * complement);
-    return (g > 0.0f ? x_p : g) * sigma;
+    const float e = Math::scaled_exp(Math::minus_magnitude(x));
+    const bool right = g > 0.0f, below = !(g >= edge);
+    const float power = Math::scaled_exp2((p - (below ? 1.0f : 0.0f)) * log2_x);
+    const float inverse = Math::reciprocal(Math::kScale + e);
+    const float quotient = (right ? power : e) * inverse;  // the value, or below the edge value / x
+    const float factor = right ? p * (1.0f - kHalfLn2 * log2_x * (root * shrink)) : 1.0f;
+    const float complement = (right ? e : Math::kScale) * inverse;
+    slope = quotient / (below ? 1.0f : x) * (factor + x * complement);
+    return quotient * (below ? x : 1.0f);
   }
 };
 

@@ -21,23 +21,15 @@ constexpr LING_HD To bit_cast(From x) {
 
 struct HostMath {
   LING_HD static float sqrt(float x) { return __builtin_sqrtf(x); }
-  // For 1 <= x <= 2^125.
-  LING_HD static float reciprocal(float x) {
-#if defined(__FP_FAST_FMAF)
-    // Wide vectors divide slowly. A guess within 1/16 from the exponent, and twice 1/(1 - h) = 1 + h + h^2 + O(h^3).
-    float y = bit_cast<float>(0x7ef311c7u - bit_cast<uint32_t>(x));
-    float h = 1.0f - x * y;
-    y += y * (h + h * h);
-    h = 1.0f - x * y;
-    return y + y * (h + h * h);
-#else
-    return 1.0f / x;
-#endif
-  }
+  LING_HD static float reciprocal(float x) { return 1.0f / x; }
 
-  // For x < 63; above, anything.
-  LING_HD static float exp2(float x) {
-    const float c = at_least(x, -160.0f);
+  // 2^64: results of scaled_exp2 and scaled_exp are times this, so that none is denormal. Where a quotient of them is
+  // wanted it drops out, and nothing needs rounding twice.
+  static constexpr float kScale = 18446744073709551616.0f;
+
+  // For x < 63; above, and for NaN, anything.
+  LING_HD static float scaled_exp2(float x) {
+    const float c = at_least_negative(x, -160.0f);
     const float rounded = c + kRounder;
     const float scale = power_of_2(rounded);
     const float r = c - (rounded - kRounder);
@@ -48,29 +40,38 @@ struct HostMath {
     q = q * r + 0.055503279f;
     q = q * r + 0.240226507f;
     q = q * r + 0.693147182f;
-    return (scale + scale * (q * r)) * kUnscale;
+    return scale + scale * (q * r);
   }
 
+  // e^x for x <= 0; for NaN, anything.
+  LING_HD static float scaled_exp(float x) {
+    const float c = at_least_negative(x, -110.0f);
+    const float rounded = c * kLog2E + kRounder;
+    const float scale = power_of_2(rounded);
+    return scale + scale * expm1_near_0(minus_n_ln2(c, rounded - kRounder));
+  }
+
+  // For +inf, a finite number.
   LING_HD static float log2(float x) {
     const bool denormal = x < kSmallestNormal;
     const float scaled = denormal ? x * 8388608.0f : x;  // 2^23
-    // x = 2^k (1 + f), 2/3 <= 1 + f < 4/3
-    constexpr uint32_t kLowest = bit_cast<uint32_t>(0.6666667f);
+    // x = 2^k c, sqrt(1/2) <= c < sqrt(2)
+    constexpr uint32_t kLowest = bit_cast<uint32_t>(0.70710678f);
     const uint32_t offset = bit_cast<uint32_t>(scaled) - kLowest;
     const float k = static_cast<float>((static_cast<int32_t>(offset) >> 23) - (denormal ? 23 : 0));
-    const float f = bit_cast<float>((offset & 0x007fffffu) + kLowest) - 1.0f;
-    // log2(1 + f) = f / ln 2 + f^2 q(f)
-    float q = -0.192392334f;
-    q = q * f + 0.202361703f;
-    q = q * f - 0.174168035f;
-    q = q * f + 0.201933995f;
-    q = q * f - 0.240785182f;
-    q = q * f + 0.288697481f;
-    q = q * f - 0.360666454f;
-    q = q * f + 0.480896503f;
-    q = q * f - 0.72134757f;
-    return k + (f * kLog2E + (f * f) * q);
+    const float c = bit_cast<float>((offset & 0x007fffffu) + kLowest);
+    // log2(c) = 2 artanh(s) / ln 2, in odd powers of s = (c - 1) / (c + 1)
+    const float s = (c - 1.0f) / (c + 1.0f);
+    const float z = s * s;
+    float q = 0.431745976f;
+    q = q * z + 0.576714039f;
+    q = q * z + 0.961798847f;
+    q = q * z + 2.88539004f;
+    return k + s * q;
   }
+
+  LING_HD static float magnitude(float x) { return bit_cast<float>(bit_cast<int32_t>(x) & 0x7fffffff); }
+  LING_HD static float minus_magnitude(float x) { return bit_cast<float>(bit_cast<uint32_t>(x) | 0x80000000u); }
 
   LING_HD static float sigmoid(float x) {
     float complement;
@@ -138,10 +139,14 @@ struct HostMath {
  private:
   static constexpr float kLog2E = 1.44269504f, kSmallestNormal = 1.17549435e-38f;
 
-  LING_HD static float magnitude(float x) { return bit_cast<float>(bit_cast<int32_t>(x) & 0x7fffffff); }
-  LING_HD static float minus_magnitude(float x) { return bit_cast<float>(bit_cast<uint32_t>(x) | 0x80000000u); }
   LING_HD static float with_sign_of(float size, float x) {
     return bit_cast<float>(bit_cast<uint32_t>(size) | (bit_cast<uint32_t>(x) & 0x80000000u));
+  }
+
+  // at_least(x, limit) for a limit below 0, by the bits as integers, which costs less. NaN may give anything.
+  LING_HD static float at_least_negative(float x, float limit) {
+    const uint32_t bits = bit_cast<uint32_t>(x), limit_bits = bit_cast<uint32_t>(limit);
+    return bit_cast<float>(bits < limit_bits ? bits : limit_bits);
   }
 
   // Added to a number of less than 2^22, 1.5 2^23 rounds it to an integer n, which is then in the lowest bits too.
@@ -165,13 +170,7 @@ struct HostMath {
     return r + (r * r) * q;
   }
 
-  // e^x for x <= 0
-  LING_HD static float exp(float x) {
-    const float c = at_least(x, -110.0f);
-    const float rounded = c * kLog2E + kRounder;
-    const float scale = power_of_2(rounded);
-    return (scale + scale * expm1_near_0(minus_n_ln2(c, rounded - kRounder))) * kUnscale;
-  }
+  LING_HD static float exp(float x) { return scaled_exp(x) * kUnscale; }
 };
 
 }  // namespace ling::LING_CPU_NAMESPACE
