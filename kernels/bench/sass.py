@@ -3,7 +3,7 @@
     python kernels/bench/sass.py [--arch 90] [SOURCE ...]
 
 Compiles sources of kernels/csrc (default: the bf16 and fp32 element-wise ones) for one architecture, without a GPU, and
-reads the result with cuobjdump (of the CUDA toolkit, or of triton's package).
+reads the result with cuobjdump (of the CUDA toolkit, or of the packages nvidia-cuda-cuobjdump and -nvdisasm).
 """
 
 from __future__ import annotations
@@ -52,9 +52,12 @@ class Kernel:
 
 
 def find_tool(name: str) -> str | None:
-    """A program of the CUDA toolkit: of $CUDA_HOME, the path, the usual place or triton's package."""
+    """A program of the CUDA toolkit: of the path, $CUDA_HOME, the usual place, NVIDIA's package of it or triton's."""
     folders = [Path(os.environ[key]) / "bin" for key in ("CUDA_HOME",) if key in os.environ]
     folders.append(Path("/usr/local/cuda/bin"))
+    nvidia = importlib.util.find_spec("nvidia")
+    for folder in (nvidia and nvidia.submodule_search_locations) or ():
+        folders += sorted(Path(folder).glob("cu*/bin"))
     triton = importlib.util.find_spec("triton")
     if triton is not None and triton.origin is not None:
         folders.append(Path(triton.origin).parent / "backends" / "nvidia" / "bin")
@@ -138,7 +141,8 @@ def main() -> None:
     arguments = parser.parse_args()
     nvcc, cuobjdump = find_tool("nvcc"), find_tool("cuobjdump")
     if nvcc is None or cuobjdump is None:
-        sys.exit("error: nvcc and cuobjdump are needed; set CUDA_HOME, or install triton for cuobjdump")
+        needed = "set CUDA_HOME, or pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"
+        sys.exit(f"error: nvcc and cuobjdump are needed; {needed}")
     torch = importlib.util.find_spec("torch")
     if torch is None or torch.origin is None:
         sys.exit("error: torch's headers are needed; install torch")

@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kThreads) topk_threshold_kernel(const TopKArgs
 
 // y, or dx and the row's sum of phi dy. Ties are counted over the warp in the order of the columns.
 template <class T, bool backward>
-__global__ void __launch_bounds__(kThreads) topk_kernel(const TopKArgs args) {
+__global__ void __launch_bounds__(kThreads, 4) topk_kernel(const TopKArgs args) {
   using Raw = typename T::Raw;
   const int lane = threadIdx.x % kLanes;
   const ElementwiseArgs& base = args.base;
