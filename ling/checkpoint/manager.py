@@ -127,7 +127,7 @@ class CheckpointManager:
             self._plan = make_plan(parts, self._control)
         mine = [parts[index] for index in self._plan.mine]
         if is_async:
-            self._staging = self._staging or Staging(mine, self._threads)
+            self._staging = self._staging or Staging(mine)
             items = self._staging.copy(mine)
         else:
             items = [Item(part.key, part.start, part.tensor) for part in mine]

@@ -6,12 +6,10 @@ import math
 import os
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from ling.checkpoint.boxes import Box, Index
@@ -102,11 +100,10 @@ class Staging:
 
     Args:
         parts: to copy each time.
-        threads: that copy; one of them does not fill the memory's bandwidth.
     """
 
-    def __init__(self, parts: Sequence[Part], threads: int) -> None:
-        self._ends, self._threads, total = [], threads, 0
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self._ends, total = [], 0
         for part in parts:
             total = -(-total // _ALIGNMENT) * _ALIGNMENT + part.bytes
             self._ends.append(total)
@@ -117,16 +114,11 @@ class Staging:
     @torch.no_grad()
     def copy(self, parts: Sequence[Part]) -> list[Item]:
         """Copy the parts, and return the copies; they hold until the next call."""
-        items, flat = [], []
+        items = []
         for part, end in zip(parts, self._ends, strict=True):
             target = self._memory[end - part.bytes : end]
             items.append(Item(part.key, part.start, target.view(part.tensor.dtype).view(part.tensor.shape)))
-            if part.tensor.is_cuda or not part.tensor.is_contiguous():
-                items[-1].value.copy_(part.tensor, non_blocking=True)
-            else:
-                flat.append((target.numpy(), part.tensor.reshape(-1).view(torch.uint8).numpy()))
-        with ThreadPoolExecutor(self._threads) as pool:  # numpy copies without the interpreter's lock
-            list(pool.map(lambda pair: np.copyto(*pair), flat))
+            items[-1].value.copy_(part.tensor, non_blocking=True)
         if self._is_cuda:
             torch.cuda.synchronize()
         return items
