@@ -5,7 +5,7 @@ import pytest
 from ling.cli import main
 from ling.commands import train
 from ling.config import Config, UserError, load_config
-from ling.job import local_ranks
+from ling.job import lease, local_ranks
 from ling.job.lease import holder
 from ling.job.local_ranks import Ended
 from ling.job.outcome import Failure, read_outcome, write_failure, write_outcome
@@ -52,7 +52,8 @@ def test_a_start_that_was_killed_leaves_no_foreign_folder(config, tmp_path):
     assert load_config(tmp_path / "run" / "config.yaml") == config
 
 
-def test_a_start_that_was_killed_before_its_config_was_written_leaves_none_either(config, tmp_path):
+def test_a_start_that_was_killed_before_its_config_was_written_leaves_none_either(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(lease, "STALE_AFTER_S", 0.2)
     (tmp_path / "run" / "job").mkdir(parents=True)
     (tmp_path / "run" / "job" / "lease_1.json").write_text("{}")
     claim(config)

@@ -1,9 +1,11 @@
 """The CUDA kernels compile for every architecture, without spills, with 16-byte memory instructions; without a GPU."""
 
 import importlib.util
+import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -30,19 +32,27 @@ def sass():
     return module
 
 
-@pytest.fixture
-def compiled(sass, tmp_path):
-    """Kernels of a source, compiled for an architecture with the flags of the build."""
+@pytest.fixture(scope="module")
+def compiled(sass, request, tmp_path_factory):
+    """Source and architecture -> a future of its kernels, compiled as the build does; on all cores at once."""
+    folder = tmp_path_factory.mktemp("cubins")
+    rules, nvcc = build_rules(), sass.find_tool("nvcc")
+    _, flags = rules["Build"]([nvcc], rules["find_torch"]()).cuda()[0][0]
+    flags = [flag for flag in flags if not flag.startswith("-gencode")]
 
     def compile_for(source, arch):
-        rules, nvcc = build_rules(), sass.find_tool("nvcc")
-        _, flags = rules["Build"]([nvcc], rules["find_torch"]()).cuda()[0][0]
-        flags = [flag for flag in flags if not flag.startswith("-gencode")]
-        cubin = tmp_path / "kernels.cubin"
+        cubin = folder / f"{source}_{arch}.cubin"
         log = sass.compile_kernels(nvcc, flags, CSRC / source, arch, cubin)
         return sass.read_kernels(sass.find_tool("cuobjdump"), cubin, log)
 
-    return compile_for
+    wanted = [
+        (item.callspec.params["source"], item.callspec.params["arch"])
+        for item in request.session.items
+        if getattr(item, "originalname", None) == "test_machine_code"
+    ]
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        yield {each: pool.submit(compile_for, *each) for each in wanted}
+        pool.shutdown(cancel_futures=True)
 
 
 def cases():
@@ -53,7 +63,7 @@ def cases():
 
 @pytest.mark.parametrize(("source", "arch"), cases())
 def test_machine_code(sass, compiled, source, arch):
-    kernels = compiled(source, arch)
+    kernels = compiled[source, arch].result()
     assert kernels
     for kernel in kernels:
         assert kernel.spills == 0, f"{kernel.name} spills {kernel.spills} bytes"
