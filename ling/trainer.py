@@ -147,6 +147,9 @@ class Trainer:
         reports = self._run_microbatches(self._checked(batches), microbatches)
         self.job.progress.mark(LOSS_SUM)
         losses, data_crc32 = self._reduce(reports, take_mtp_loss(), self._data_sum)
+        if self.checkpoints.must_wait(self.step + 1):
+            self.job.progress.mark("waiting for a save", is_slow=True)
+            self.checkpoints.wait()
         self.job.progress.mark("optimizer")
         _, grad_norm, _ = self.optimizer.step()
         self.step += 1

@@ -82,7 +82,7 @@ struct Identity {
 // x^(m/(sqrt(x)+1)) sigmoid(x) for x > 0, x sigmoid(x) else (arXiv 2605.25704). Its limit at +inf is 1.
 //
 // With e = e^-|x|, one division by 1 + e serves the power and the sigmoid: x^p / (1 + e) to the right of 0, x e / (1 + e)
-// to the left.
+// to the left. This is for HostMath, whose scaled functions it uses; FastMath has a PowLUGate of its own.
 template <class Math>
 struct PowLUGate {
   static constexpr float kSmallest = 1.401298464e-45f, kLargest = 3.4028234663852886e38f;

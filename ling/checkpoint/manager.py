@@ -151,6 +151,16 @@ class CheckpointManager:
         if self._under_way is not None and self._control.all_true(self._under_way.job.is_done):
             self._finish()
 
+    def must_wait(self, step: int) -> bool:
+        """Whether a save in the background has to be complete before `step` is made; the same on all ranks.
+
+        A crash after it would cost more than `checkpoint.max_lost_steps`: the checkpoint before is an interval older.
+        """
+        settings = self._config.checkpoint
+        if self._under_way is None or settings.max_lost_steps is None:
+            return False
+        return step - (self._under_way.position.step - settings.save_interval) > settings.max_lost_steps
+
     def wait(self) -> None:
         """Complete a save in the background, waiting for it; a failure is reported as by `poll`."""
         self._finish()

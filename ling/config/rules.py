@@ -160,6 +160,13 @@ def _checkpoints(config: Config, world: int | None) -> Iterator[str]:
         yield "checkpoint.load: is empty; give a checkpoint or a run's folder, or null"
     if config.train.recovery_steps and settings.load is None:
         yield "train.recovery_steps: has no meaning without checkpoint.load; set it to 0, or give checkpoint.load"
+    if settings.max_lost_steps is not None and not settings.async_save:
+        yield "checkpoint.max_lost_steps: has no meaning without checkpoint.async_save; set that, or remove it"
+    if settings.max_lost_steps is not None and settings.max_lost_steps < settings.save_interval:
+        yield (
+            f"checkpoint.max_lost_steps: {settings.max_lost_steps} steps cannot be held with "
+            f"checkpoint.save_interval={settings.save_interval}; lower the interval, or raise it to that"
+        )
     if settings.keep_every is not None and settings.keep_last is None:
         yield "checkpoint.keep_every: has no meaning while all are kept; set checkpoint.keep_last, or remove it"
     if settings.merge_eval_last is not None and config.data.valid is None and config.data.split is None:

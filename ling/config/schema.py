@@ -194,6 +194,12 @@ class TrainConfig:
 class CheckpointConfig:
     save_interval: int = opt(500, "save every so many steps; 0: only at the end", ge=0)
     async_save: bool = opt(False, "write in the background, from a copy in the CPU's memory")
+    max_lost_steps: int | None = opt(
+        None,
+        "async_save: wait for a save in the background before a crash could cost more steps than so many, "
+        "save_interval or more; null: go on until the next save is due",
+        ge=1,
+    )
     keep_last: int | None = opt(
         None, "keep so many of the newest checkpoints and remove older ones; null: keep all", ge=1
     )

@@ -92,6 +92,26 @@ def test_training_goes_on_while_it_is_written(tmp_path):
 
 
 @pytest.mark.ranks(2)
+@pytest.mark.parametrize(
+    ("most", "complete"), [(1, [True, True, True]), (2, [False, True, True]), (None, [False, False, False])]
+)
+def test_a_save_is_waited_for_before_more_steps_could_be_lost(tmp_path, most, complete):
+    trainer = make_trainer("DP2", tmp_path, async_save=True, save_interval=1, max_lost_steps=most)
+    steps(trainer, 1)
+    folder = trainer.save()  # nobody polls
+    update, found = trainer.optimizer.step, []
+
+    def step():
+        found.append(folder.exists())
+        return update()
+
+    trainer.optimizer.step = step
+    steps(trainer, 3)
+    assert found == complete
+    trainer.checkpoints.close()
+
+
+@pytest.mark.ranks(2)
 def test_a_failed_background_save_is_told_to_all_ranks_and_the_next_is_not_in_the_background(tmp_path):
     said: list[str] = []
     trainer = make_trainer("EP2", tmp_path, said, async_save=True)

@@ -194,6 +194,17 @@ WRONG = [
         2,
         "increment 4 is not a multiple of micro_batch_size (4) x data-parallel ranks (1) x",
     ),
+    # checkpoints
+    (dense("checkpoint.load=''"), None, "checkpoint.load: is empty"),
+    (dense("train.recovery_steps=5"), None, "train.recovery_steps: has no meaning without checkpoint.load"),
+    (dense("checkpoint.max_lost_steps=100"), None, "checkpoint.max_lost_steps: has no meaning without"),
+    (
+        dense("checkpoint.max_lost_steps=9", "checkpoint.async_save=true", "checkpoint.save_interval=10"),
+        None,
+        "checkpoint.max_lost_steps: 9 steps cannot be held with checkpoint.save_interval=10",
+    ),
+    (dense("checkpoint.keep_every=5"), None, "checkpoint.keep_every: has no meaning while all are kept"),
+    (dense("checkpoint.merge_eval_last=3", "checkpoint.keep_last=2"), None, "3 checkpoints are to be merged, but only"),
     # schedule, precision, data, run
     (dense("optim.min_lr=1"), None, "optim.min_lr: 1.0 is more than optim.lr"),
     (dense("optim.lr_warmup_iters=401"), None, "401 is more than train.train_iters"),
