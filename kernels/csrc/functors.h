@@ -15,8 +15,6 @@
 // forward_from and backward_from.
 //
 // Math is a struct of static functions of float:
-//   sqrt(x)                       x >= 0; below 0 any value, without trapping
-//   reciprocal(x)                 x >= 1
 //   log2(x)                       x positive and finite, denormal too; anything else gives any value, without trapping
 //   sigmoid(x), sigmoid(x, complement)              complement = 1 - sigmoid(x), without cancellation
 //   tanh(x), tanh(x, slope)                         slope = 1 - tanh(x)^2, without cancellation
@@ -104,13 +102,13 @@ struct PowLUGate {
     constexpr float kHalfLn2 = 0.34657359027997264f;
     const float x = at_most(g, kLargest);
     const float root = Math::sqrt(x);
-    const float shrink = Math::reciprocal(root + 1.0f);
+    const float shrink = 1.0f / (root + 1.0f);
     const float p = m * shrink;
     const float log2_x = Math::log2(x);
     const float e = Math::scaled_exp(Math::minus_magnitude(x));
     const bool right = g > 0.0f, below = !(g >= edge);
     const float power = Math::scaled_exp2((p - (below ? 1.0f : 0.0f)) * log2_x);
-    const float inverse = Math::reciprocal(Math::kScale + e);
+    const float inverse = 1.0f / (Math::kScale + e);
     const float quotient = (right ? power : e) * inverse;  // the value, or below the edge value / x
     const float factor = right ? p * (1.0f - kHalfLn2 * log2_x * (root * shrink)) : 1.0f;
     const float complement = (right ? e : Math::kScale) * inverse;

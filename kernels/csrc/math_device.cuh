@@ -49,9 +49,6 @@ template <class Intrinsics>
 struct FastMath {
   static constexpr float kLog2E = 1.44269504f;
 
-  LING_HD static float sqrt(float x) { return Intrinsics::sqrt(x); }
-  LING_HD static float reciprocal(float x) { return Intrinsics::rcp(x); }
-
   // The square of a number that is never denormal: the product may be, and is then rounded, not flushed.
   LING_HD static float exp2(float x) {
     const float root = Intrinsics::ex2(0.5f * x);

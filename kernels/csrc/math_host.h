@@ -20,8 +20,8 @@ constexpr LING_HD To bit_cast(From x) {
 }
 
 struct HostMath {
+  // For x >= 0; below 0, any value.
   LING_HD static float sqrt(float x) { return __builtin_sqrtf(x); }
-  LING_HD static float reciprocal(float x) { return 1.0f / x; }
 
   // 2^64: results of scaled_exp2 and scaled_exp are times this, so that none is denormal. Where a quotient of them is
   // wanted it drops out, and nothing needs rounding twice.
@@ -70,7 +70,6 @@ struct HostMath {
     return k + s * q;
   }
 
-  LING_HD static float magnitude(float x) { return bit_cast<float>(bit_cast<int32_t>(x) & 0x7fffffff); }
   LING_HD static float minus_magnitude(float x) { return bit_cast<float>(bit_cast<uint32_t>(x) | 0x80000000u); }
 
   LING_HD static float sigmoid(float x) {
@@ -79,7 +78,7 @@ struct HostMath {
   }
   LING_HD static float sigmoid(float x, float& complement) {
     const float e = exp(minus_magnitude(x));
-    const float large = reciprocal(1.0f + e);
+    const float large = 1.0f / (1.0f + e);
     const float small = e * large;
     complement = x < 0.0f ? large : small;
     return x < 0.0f ? small : large;
@@ -139,6 +138,7 @@ struct HostMath {
  private:
   static constexpr float kLog2E = 1.44269504f, kSmallestNormal = 1.17549435e-38f;
 
+  LING_HD static float magnitude(float x) { return bit_cast<float>(bit_cast<int32_t>(x) & 0x7fffffff); }
   LING_HD static float with_sign_of(float size, float x) {
     return bit_cast<float>(bit_cast<uint32_t>(size) | (bit_cast<uint32_t>(x) & 0x80000000u));
   }
@@ -155,7 +155,7 @@ struct HostMath {
   LING_HD static float power_of_2(float rounded) {
     return bit_cast<float>((bit_cast<uint32_t>(rounded) << 23) + ((127u + 64u) << 23));
   }
-  static constexpr float kUnscale = 5.42101086e-20f;
+  static constexpr float kUnscale = 1.0f / kScale;
 
   // x - n ln 2, ln 2 in two parts of which n times the first is exact
   LING_HD static float minus_n_ln2(float x, float n) { return (x - n * 0.693145752f) - n * 1.42860677e-6f; }
